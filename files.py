@@ -1,0 +1,175 @@
+"""Checkpoint folders and files: find them, read them strictly, write them atomically.
+
+A checkpoint is a diffusers-style folder (model_index.json, transformer/, vae/, text_encoder/, ...) on disk or on the
+Hugging Face hub. Weights are safetensors only, nothing is ever unpickled. Whatever a user can get wrong raises
+`InputError` with one line that names the file, the value and the remedy; the two programs print it and exit with 2.
+"""
+import errno
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+
+class InputError(Exception):
+    """A mistake in what the user gave us; the message is one line: file, value, remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------- finding
+def checkpoint(name: str, marker: str, patterns: list[str] | None = None) -> Path:
+    """Local folder of a checkpoint: `name` itself if it is a folder, else the hub repository of that name.
+
+    marker: file that must be there (model_index.json of a pipeline, config.json of a VLM).
+    patterns: hub files to download (globs); None downloads the whole repository. Raises InputError.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / marker).is_file():
+            raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in diffusers/transformers layout")
+        return folder
+    if not looks_like_hub_id(name):
+        raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as Tongyi-MAI/Z-Image-Turbo")
+    from huggingface_hub import snapshot_download  # imported here: local folders need no hub client
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated types for "unreachable", "gated", "not found"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: not a local folder, and the hub did not give it ({reason}); "
+                         "check the name and the network, or give the path of a downloaded folder") from None
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """True for `owner/name`, the only spelling that the hub knows."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def read_json(path: Path, *needed: str) -> dict:
+    """The JSON object in `path`, which must have the keys `needed`. Raises InputError."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the checkpoint folder is incomplete, copy or download it again") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; copy or download it again")
+    for key in needed:
+        if key not in content:
+            raise InputError(f"{path}: the key {key!r} is missing; use the config that belongs to this checkpoint")
+    return content
+
+
+def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
+    """Weight file -> names of its tensors that start with `prefix`, for one model folder.
+
+    Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing.
+    """
+    folder = Path(folder)
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    found: dict[Path, list[str]] = {}
+    if index:
+        for name, file in read_json(index[0], "weight_map")["weight_map"].items():
+            if name.startswith(prefix):
+                found.setdefault(folder / file, []).append(name)
+        for path in found:
+            if not path.is_file():
+                raise InputError(f"{path}: this shard is listed in {index[0].name} but missing; download it again")
+        return found
+    for path in sorted(folder.glob("*.safetensors")):
+        with open_safetensors(path) as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]
+        if names:
+            found[path] = names
+    if not found:
+        raise InputError(f"{folder}: no .safetensors weights here; download the folder again")
+    return found
+
+
+@contextmanager
+def open_safetensors(path: Path, device: str = "cpu"):
+    """`safetensors.safe_open` whose failures are InputErrors."""
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
+
+
+def tensors(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a model folder, one tensor in host memory at a time."""
+    for path, names in shards(folder, prefix).items():
+        with open_safetensors(path) as file:
+            stored = set(file.keys())
+            for name in names:
+                if name not in stored:
+                    raise InputError(f"{path}: tensor {name} is in the index but not in this shard; download it again")
+                yield name, file.get_tensor(name)
+
+
+def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], source: Path,
+                  device: torch.device | str, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> None:
+    """Put `weights` into a model built on the meta device, tensor by tensor, on `device` in `dtype`.
+
+    Peak host memory is one shard above the model. Every parameter and persistent buffer must come, and nothing else,
+    except names that start with one of `ignore`. Raises InputError on missing, unknown or misshapen tensors.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in weights:
+        if name not in expected:
+            if name.startswith(ignore):
+                continue
+            raise InputError(f"{source}: unknown tensor {name}; weights and config.json do not belong together")
+        shape = expected.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
+                             "weights and config do not belong together")
+        put(model, name, tensor.to(device=device, dtype=dtype))
+    if expected:
+        raise InputError(f"{source}: tensor {next(iter(expected))} is missing ({len(expected)} in all); "
+                         "download the folder again")
+
+
+def put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace the meta tensor called `name` by a frozen real one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename. Raises InputError when that fails."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
+        raise InputError(f"{path}: could not be written ({error.strerror}); {remedy}, the previous file is unchanged") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON, atomically."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically."""
+    write_bytes(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata))
