@@ -1,0 +1,400 @@
+"""Training data: a folder of images and captions -> buckets -> cached features -> batches.
+
+D-OPSD (arXiv 2605.05204), Section 3: a pair (x0 image, y prompt) gives latents of x0 and the two contexts of Eq. 4. All
+three are encoded once, kept on disk, and read back per batch; the encoders are gone before training starts.
+Randomness is a function of (seed, step): order and captions of any step can be drawn without replaying earlier ones.
+
+Differs from the paper / official code:
+1. The official code re-encodes images and captions at every step with all encoders on the GPU; here they run once.
+2. It swaps unreadable images for others and repeats the same order in every epoch; here a bad file stops the start with
+   one line, and each epoch is a new permutation.
+"""
+import gc
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from files import InputError, open_safetensors, write_tensors
+
+Shape = tuple[int, int]  # (height, width) in pixels
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+KINDS = "png, jpg, jpeg, webp, bmp"
+OFFICIAL_CAPTIONS = tuple(f"{kind}_{language}" for kind in ("short", "medium", "detailed", "user_prompt")
+                          for language in ("en", "zh"))
+CACHE_FORMAT = 1  # part of every cache key: raise it when cropping or encoding changes
+
+# The paper's eleven shapes of about one megapixel, (height, width).
+PAPER_SHAPES = ((1024, 1024), (896, 1152), (1152, 896), (864, 1152), (1152, 864), (832, 1248), (1248, 832),
+                (720, 1280), (1280, 720), (576, 1344), (1344, 576))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training image as the user gave it."""
+    image: Path
+    captions: tuple[str, ...]   # one of them is drawn per step
+    size: tuple[int, int]       # (width, height) in pixels, upright
+
+
+def generator(seed: int, *where: int | str) -> torch.Generator:
+    """CPU generator, a hash of (seed, where), e.g. generator(seed, "noise", step): neighbours are unrelated."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *where))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+def read_folder(data: Path | str) -> list[Row]:
+    """The rows of `--data`, every image opened and decoded once. Raises InputError; nothing is skipped silently.
+
+    data: a folder with (a) images and same-stem .txt captions, or (b) a metadata.jsonl with file_name and text, or (c)
+    a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched.
+    """
+    data = Path(data).expanduser()
+    if data.is_file() and data.suffix.lower() == ".jsonl":
+        return read_jsonl(data)
+    if not data.is_dir():
+        raise InputError(f"{data}: no such folder; --data takes a folder of images with captions, or a .jsonl file")
+    files = visible_files(data)
+    tables = [path for path in files if path.suffix.lower() == ".jsonl"]
+    if len(tables) > 1:
+        raise InputError(f"{data}: several .jsonl files ({', '.join(path.name for path in tables)}); "
+                         "give --data the path of the one to use")
+    return read_jsonl(tables[0]) if tables else read_sidecars(data, files)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files of a folder in order of name, without hidden ones. Raises InputError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def read_sidecars(folder: Path, files: list[Path]) -> list[Row]:
+    """Layout (a): a.jpg with its caption in a.txt. Raises InputError."""
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    if not images and not captions:
+        raise InputError(f"{folder}: no images here (subfolders are not searched); "
+                         f"add {KINDS} files with same-stem .txt captions, or a metadata.jsonl")
+    stems = {path.stem for path in images}
+    for stem, path in captions.items():
+        if stem not in stems:
+            raise InputError(f"{path}: a caption without an image; add {stem}.png ({KINDS}) or remove the caption")
+    rows = []
+    for path in images:
+        if path.stem not in captions:
+            raise InputError(f"{path}: an image without a caption; write one into {path.stem}.txt beside it")
+        caption = read_text(captions[path.stem]).strip()
+        if not caption:
+            raise InputError(f"{captions[path.stem]}: the caption is empty; write what the image shows")
+        rows.append(Row(path, (caption,), open_image(path).size))
+    return rows
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Layouts (b) and (c), told apart by each line's fields. Images are relative to the file. Raises InputError."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from None
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected an object {{...}}, found {type(entry).__name__}; correct this line")
+        name, captions = (read_official if "local_path_list" in entry else read_imagefolder)(entry, where)
+        image = path.parent / name
+        if not image.is_file():
+            raise InputError(f"{where}: {image}: no such file; correct the path or add the image")
+        rows.append(Row(image, captions, open_image(image).size))
+    if not rows:
+        raise InputError(f"{path}: no rows; write one JSON object per image and line")
+    if path.name == "metadata.jsonl":
+        listed = {row.image.resolve() for row in rows}
+        for image in visible_files(path.parent):
+            if image.suffix.lower() in IMAGE_SUFFIXES and image.resolve() not in listed:
+                raise InputError(f"{image}: an image without a caption; add a line for it to {path.name}, or remove it")
+    return rows
+
+
+def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
+    """(image, captions) of a Hugging Face imagefolder line: file_name, and text (a string or a list of strings)."""
+    for field in ("file_name", "text"):
+        if field not in entry:
+            raise InputError(f"{where}: the field {field!r} is missing; write file_name and text into each line")
+    texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
+    if not isinstance(texts, list) or not all(isinstance(value, str) for value in (entry["file_name"], *texts)):
+        raise InputError(f"{where}: file_name must be a string, text a string or a list of strings; correct this line")
+    if not texts or not all(text.strip() for text in texts):
+        raise InputError(f"{where}: 'text' holds an empty caption; write what the image shows")
+    return entry["file_name"], tuple(text.strip() for text in texts)
+
+
+def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
+    """(image, captions) of an official line: first of local_path_list, every non-empty caption (h*w is not used)."""
+    paths = entry["local_path_list"]
+    if not isinstance(paths, list) or not paths or not isinstance(paths[0], str):
+        raise InputError(f"{where}: 'local_path_list' must be a list that starts with a path; correct this line")
+    texts = [entry.get(field) or "" for field in OFFICIAL_CAPTIONS]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: captions must be strings; correct this line")
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{where}: no caption; fill in at least one of {', '.join(OFFICIAL_CAPTIONS)}")
+    return paths[0], tuple(text.strip() for text in texts if text.strip())
+
+
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 text file, with or without a byte order mark. Raises InputError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
+
+
+# ------------------------------------------------------------------------------------------------------- images
+def open_image(path: Path | str) -> Image.Image:
+    """The image at `path` as RGB: upright by its EXIF orientation, transparency over white. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # decodes every pixel, so that a truncated file shows here and not at step 700
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image of a known format; replace or remove it") from None
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for broken files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a complete image ({reason}); replace or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow clips these at 255 instead of scaling them
+        values = np.asarray(image).astype(np.float32)
+        white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def bucket_shapes(size: int, multiple: int) -> list[Shape]:
+    """Training shapes (height, width) for a square side of `size` pixels; (size, size) comes first.
+
+    The paper's eleven at 1024; the same ratios scaled and rounded to `multiple` otherwise, without doubles.
+    Raises InputError when `size` is not divisible by `multiple` (pixels per latent patch of the model).
+    """
+    if size < multiple or size % multiple:
+        raise InputError(f"--size {size}: not a positive multiple of {multiple}, which this model needs; "
+                         f"try {max(multiple, round(size / multiple) * multiple)}")
+    units = [[max(1, math.floor(side * size / (1024 * multiple) + 0.5)) for side in shape] for shape in PAPER_SHAPES]
+    return list(dict.fromkeys((rows * multiple, columns * multiple) for rows, columns in units))
+
+
+def nearest_shape(size: tuple[int, int], shapes: list[Shape]) -> Shape:
+    """The shape whose aspect ratio is nearest, in log, to an image of `size` (width, height); the first if several."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] * size[1] / size[0])))
+
+
+def crop(image: Image.Image, shape: Shape) -> Image.Image:
+    """Resize to cover `shape` (height, width) and cut out the centre, in one Lanczos resampling."""
+    height, width = shape
+    scale = max(width / image.width, height / image.height)
+    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+    box = (max(0.0, left), max(0.0, top), min(image.width, image.width - left), min(image.height, image.height - top))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> (1, 3, H, W) float32 in [-1, 1], what the VAE encodes."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+@dataclass(frozen=True)
+class Example:
+    """One row in its bucket, with its features in `file`."""
+    row: Row
+    shape: Shape            # (height, width) of the training crop
+    file: Path              # safetensors: latents (C, h, w); student.i and, if wanted, teacher.i (L_i, D) per caption i
+    want_teacher: bool
+
+    def names(self) -> list[str]:
+        sides = ("student", "teacher") if self.want_teacher else ("student",)
+        return ["latents"] + [f"{side}.{i}" for side in sides for i in range(len(self.row.captions))]
+
+    def is_cached(self) -> bool:
+        """False for a file that is absent, broken or incomplete: it is then encoded again."""
+        try:
+            with open_safetensors(self.file) as stored:
+                return set(self.names()) <= set(stored.keys())
+        except (InputError, OSError):
+            return False
+
+    def target(self) -> Image.Image:
+        """The training crop: what the VAE encodes and what the teacher is shown."""
+        return crop(open_image(self.row.image), self.shape)
+
+
+def prepare(rows: list[Row], size: int, multiple: int, cache: Path, key: str, load_vae: Callable,
+            load_encoder: Callable, want_teacher: bool = True, device: torch.device | str = "cpu") -> list[Example]:
+    """Put every row into a bucket and make sure that its features are in the folder `cache`. Raises InputError.
+
+    key: names all else that the features depend on: `model_key` of VAE, text encoder and VLM, dtype, prompt and pixel
+    options. load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h, w). load_encoder() ->
+    object with text_context(prompts) and image_text_context(prompts, images) -> list of (L, D). Both are called only if
+    something is missing, one after the other; what they return is freed before the next and before this returns.
+    want_teacher: False leaves out the teacher's contexts (`--method sft`).
+    """
+    shapes = bucket_shapes(size, multiple)
+    placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
+    examples = [Example(row, shape, Path(cache) / f"{content_key(row, shape, key)}.safetensors", want_teacher)
+                for row, shape in placed]
+    warn_enlarged(examples)
+    missing = list({example.file: example for example in examples if not example.is_cached()}.values())
+    if missing:
+        latents = encode_latents(missing, load_vae, device)
+        free()
+        encode_contexts(missing, latents, load_encoder)
+        free()
+    return examples
+
+
+@torch.no_grad()
+def encode_latents(examples: list[Example], load_vae: Callable, device: torch.device | str) -> list[Tensor]:
+    """Latents (C, h, w) float32 on the CPU; the VAE lives only inside this function."""
+    vae = load_vae()
+    return [vae.encode(to_tensor(example.target()).to(device))[0].float().cpu()
+            for example in tqdm(examples, desc="encoding images", disable=None)]
+
+
+@torch.no_grad()
+def encode_contexts(examples: list[Example], latents: list[Tensor], load_encoder: Callable) -> None:
+    """Both contexts of Eq. 4 for every caption, written with the latents; the encoder lives only in this function."""
+    encoder = load_encoder()
+    for example, x0 in zip(examples, tqdm(latents, desc="encoding captions", disable=None)):
+        prompts = list(example.row.captions)
+        contexts = list(encoder.text_context(prompts))                  # c_s = f_text(y)
+        if example.want_teacher:
+            images = [example.target()] * len(prompts)
+            contexts += encoder.image_text_context(prompts, images)     # c_t = f_mm(y, x0)
+        # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
+        copies = [tensor.detach().cpu().clone() for tensor in (x0, *contexts)]
+        write_tensors(example.file, dict(zip(example.names(), copies, strict=True)))
+
+
+def free() -> None:
+    """Give the memory of dropped models back."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def warn_enlarged(examples: list[Example]) -> None:
+    """One line on stderr if any image has fewer pixels than its training shape."""
+    scales = [max(e.shape[0] / e.row.size[1], e.shape[1] / e.row.size[0]) for e in examples]
+    worst = max(scales)
+    if worst > 1:
+        print(f"warning: {sum(scale > 1 for scale in scales)} of {len(examples)} images are enlarged to their training "
+              f"shape, most of all {examples[scales.index(worst)].row.image} ({worst:.2f}x); "
+              "larger images or a smaller --size look sharper", file=sys.stderr)
+
+
+def content_key(row: Row, shape: Shape, key: str) -> str:
+    """Name of a row's cache file: a hash of the image's bytes, its captions, its shape and `key`."""
+    image = hashlib.sha256(row.image.read_bytes()).hexdigest()
+    content = json.dumps([CACHE_FORMAT, key, image, shape, row.captions])
+    return hashlib.sha256(content.encode()).hexdigest()[:40]
+
+
+def model_key(folder: Path, *subfolders: str) -> str:
+    """Identity of model folders by content, wherever they lie: configs, tokenizers, weights. Raises InputError."""
+    digest = hashlib.sha256()
+    for subfolder in subfolders or (".",):
+        path = Path(folder) / subfolder
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; the checkpoint is incomplete, copy or download it again")
+        for file in visible_files(path):
+            if file.suffix in (".json", ".txt", ".jinja", ".safetensors"):
+                digest.update(f"{subfolder}/{file.name}:{file.stat().st_size}:".encode() + sampled_hash(file))
+    return digest.hexdigest()[:40]
+
+
+def sampled_hash(path: Path, samples: int = 256, length: int = 65536) -> bytes:
+    """Hash of a file, or of evenly spaced pieces of a large one, where reading 12 GB at each start would take long."""
+    digest, last = hashlib.sha256(), path.stat().st_size - length
+    if last < 4 * samples * length:
+        return hashlib.sha256(path.read_bytes()).digest()
+    with open(path, "rb") as file:
+        for i in range(samples):
+            file.seek(i * last // (samples - 1))
+            digest.update(file.read(length))
+    return digest.digest()
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+@dataclass(frozen=True)
+class Batch:
+    """B examples of one bucket, on the CPU."""
+    latents: Tensor                 # (B, C, h, w) float32
+    student_context: list[Tensor]   # B of (L_i, D) in the encoder's dtype: c_s = f_text(y), Eq. 4
+    teacher_context: list[Tensor]   # B of (L_i, D): c_t = f_mm(y, x0), Eq. 4; empty if prepared without
+    captions: list[str]             # the B prompts y
+    indices: list[int]              # positions in the data set
+
+
+class Dataset:
+    """Batches by step number. Features are read from the cache when needed: memory does not grow with the data."""
+
+    def __init__(self, examples: list[Example], batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"--batch-size {batch_size}: a batch holds at least one image; give 1 or more")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.buckets = Counter(example.shape for example in examples)  # (height, width) -> number of images
+        self.batches_per_epoch = sum(math.ceil(count / batch_size) for count in self.buckets.values())
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch: every image exactly once, one bucket per batch, order drawn from (seed, epoch).
+
+        A bucket that `batch_size` does not divide is cut as evenly as possible (5 by 4: 3 + 2); none is filled up.
+        """
+        rng = generator(self.seed, "order", epoch)
+        members: dict[Shape, list[int]] = {shape: [] for shape in self.buckets}
+        for index in torch.randperm(len(self.examples), generator=rng).tolist():
+            members[self.examples[index].shape].append(index)
+        batches = [part.tolist() for indices in members.values()
+                   for part in np.array_split(indices, math.ceil(len(indices) / self.batch_size))]
+        return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step` (0, 1, ...), a function of (seed, step). With accumulation, count micro-batches."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        indices = self.order(epoch)[position]
+        latents, student, teacher, captions = [], [], [], []
+        for index in indices:
+            example = self.examples[index]
+            rng = generator(self.seed, "caption", step, index)
+            drawn = int(torch.randint(len(example.row.captions), (), generator=rng))
+            captions.append(example.row.captions[drawn])
+            with open_safetensors(example.file) as stored:
+                latents.append(stored.get_tensor("latents"))
+                student.append(stored.get_tensor(f"student.{drawn}"))
+                if example.want_teacher:
+                    teacher.append(stored.get_tensor(f"teacher.{drawn}"))
+        return Batch(torch.stack(latents), student, teacher, captions, indices)

@@ -1,0 +1,60 @@
+"""The objectives, each a weight on the same squared difference of velocities, in float32.
+
+D-OPSD (arXiv 2605.05204), Eq. 7: student and teacher are compared at the student's own states x_k,
+    loss = mean over k of  w(k) * || v_student - stopgrad(v_teacher) ||^2.
+The norm is averaged over all elements, so a loss does not depend on resolution or batch size; the mean over k is the
+caller's (divide by the number of steps), because the caller calls backward once per step.
+
+Differs from the paper / official code:
+1. Eq. 7 has weight 1 (`--loss v`). The released code instead minimises the squared difference of the clean estimates
+   x0_hat = x - sigma v. Both sides share x, so this is the same difference with weight sigma^2 (`--loss x0`).
+2. The official code adds up the K losses and calls backward once; one backward per step gives the same gradient.
+"""
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from files import InputError
+from rollout import Point, shifted
+
+# Name of an objective -> its weight at a point. A per-step KL is one more line here: its weight needs no more than the
+# point's sigma and sigma_next.
+LOSSES: dict[str, Callable[[Point], float]] = {
+    "v": lambda point: 1.0,                 # paper, Eq. 7
+    "x0": lambda point: point.sigma ** 2,   # released code: || x0_hat_student - x0_hat_teacher ||^2
+}
+
+
+def dopsd(point: Point, v_teacher: Tensor, kind: str) -> Tensor:
+    """D-OPSD's loss at one point of the rollout (one term of Eq. 7): scalar float32, mean over all elements.
+
+    v_teacher: (B, C, H, W), the teacher's velocity at the same x and sigma; no gradient reaches it.
+    kind: a key of LOSSES. Raises InputError for any other.
+    """
+    if kind not in LOSSES:
+        raise InputError(f"--loss {kind}: no such objective; choose one of {', '.join(LOSSES)}")
+    difference = point.v_student.float() - v_teacher.detach().float()  # (B, C, H, W)
+    return LOSSES[kind](point) * difference.square().mean()
+
+
+def draw_sigma(generator: torch.Generator, shift: float, n: int) -> Tensor:
+    """n training noise levels in (0, 1] for `sft`: (n,) float32 on the CPU, uniform u through the checkpoint's shift.
+
+    A choice of ours (the paper only says that SFT draws random times): noise levels are then as dense as those that the
+    checkpoint's own sampler uses. shift 1 gives the uniform draw.
+    """
+    u = 1 - torch.rand(n, generator=generator)  # (0, 1]: at sigma 0 there is nothing to learn
+    return shifted(u, shift)
+
+
+def sft(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """Vanilla fine-tuning, the baseline of `--method sft`: || v - (eps - x0) ||^2, scalar float32, mean over elements.
+
+    velocity: (x, sigma (B,)) -> v. x0: (B, C, H, W) latents. eps: noise of the same shape. sigma: (B,), `draw_sigma`.
+    """
+    x0, eps = x0.float(), eps.float()
+    s = sigma.to(x0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    x = (1 - s) * x0 + s * eps          # (B, C, H, W)
+    v = velocity(x, sigma.to(x0)).float()
+    return (v - (eps - x0)).square().mean()

@@ -1,0 +1,352 @@
+"""The Z-Image transformer, written out by hand: the backbone whose velocity D-OPSD trains and evaluates.
+
+D-OPSD (arXiv 2605.05204) leaves the network itself unchanged; this file is v_theta of its Eq. 5 and 6. Module and
+parameter names equal those of the diffusers checkpoint, so that weights load strictly and without renaming.
+
+Differs from the official code:
+1. Time runs sigma 1 -> 0 and the result is v = eps - x0; the network itself counts t = 1 - sigma and predicts x0 - eps.
+2. The adapter is an argument of `velocity`, handed down to each block, never the state of a module (see lora.py).
+3. One batched tensor per sequence instead of lists; no attention mask whenever the padded captions are equally long.
+4. Rotary embeddings in real arithmetic, which torch.compile can fuse; the same numbers as the complex form.
+5. Only what Z-Image uses: one patch size, one frame, no SigLIP branch. Other configurations are refused.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError, load_strictly, read_json, tensors
+from lora import Adapter, AdapterBlock, linear
+
+KEYS = ("all_patch_size", "all_f_patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads",
+        "n_kv_heads", "norm_eps", "qk_norm", "cap_feat_dim", "rope_theta", "t_scale", "axes_dims", "axes_lens")
+LORA_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+                "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+MODULATION = "adaLN_modulation.0"  # not trained by us, but adapter files of other trainers have it
+SEQUENCE_MULTIPLE = 32  # caption and image are each padded to this with learned tokens, which are attended to
+TIME_WIDTH = 256        # widest time embedding, and the number of its sinusoids
+QK_EPS = 1e-5           # of the query and key norms, whatever norm_eps says
+RECOMPILE_LIMIT = 64    # grad or not, adapter or not, mask or not, a few shapes: torch's limit of 8 is soon reached
+
+
+def check_config(config: dict) -> None:
+    """Refuse, with an InputError, configurations that are not Z-Image's kind of transformer."""
+    for key in KEYS:
+        if key not in config:
+            raise InputError(f"transformer config: the key {key!r} is missing; use the config of a Z-Image checkpoint")
+    head, sides = config["dim"] // config["n_heads"], list(config["axes_dims"])
+    for wrong, what in (
+        (len(config["all_patch_size"]) != 1, f"all_patch_size {config['all_patch_size']} (one size only)"),
+        (list(config["all_f_patch_size"]) != [1], f"all_f_patch_size {config['all_f_patch_size']} ([1] only)"),
+        (config.get("siglip_feat_dim") is not None, f"siglip_feat_dim {config.get('siglip_feat_dim')} (null only)"),
+        (config["n_kv_heads"] != config["n_heads"], f"n_kv_heads {config['n_kv_heads']} (equal to n_heads only)"),
+        (not config["qk_norm"], f"qk_norm {config['qk_norm']} (true only)"),
+        (len(sides) != 3 or len(config["axes_lens"]) != 3, f"axes_dims {sides} (three axes only)"),
+        (any(side % 2 for side in sides), f"axes_dims {sides} (even numbers only)"),
+        (sum(sides) != head or head * config["n_heads"] != config["dim"],
+         f"axes_dims {sides} (they must sum to dim / n_heads = {config['dim'] / config['n_heads']:g})"),
+    ):
+        if wrong:
+            raise InputError(f"transformer config: unsupported {what}; use a text-to-image Z-Image checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------- pieces
+def rope_table(ids: Tensor, axes: list[int], theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines for position ids.
+
+    ids: (b, N, 3) integers; axes: channels per axis; returns two float32 tensors (b, N, 1, sum(axes) / 2).
+    """
+    def frequencies(side: int) -> Tensor:
+        return theta ** -(torch.arange(0, side, 2, dtype=torch.float64, device=ids.device) / side)
+
+    # angles in float64: at position 1000 a float32 product would be off by 1e-4
+    angles = torch.cat([ids[..., i, None] * frequencies(side) for i, side in enumerate(axes)], dim=-1)
+    angles = angles.float().unsqueeze(2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn neighbouring channel pairs (2i, 2i + 1) of x (B, N, heads, D) by the angles of `rope`, in float32."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                             # (B, N, heads, D / 2) each
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of the time, then two Linears."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, 1024), nn.SiLU(), nn.Linear(1024, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (b,) float32, already scaled -> (b, width) in the weights' dtype."""
+        half = TIME_WIDTH // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None] * frequencies                                               # (b, half), float32
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised, rotated queries and keys."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])  # a list because the checkpoint says to_out.0
+        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_EPS)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_EPS)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, adapter: AdapterBlock) -> Tensor:
+        q = linear(self.to_q, x, adapter, "attention.to_q").unflatten(-1, (self.heads, -1))  # (B, N, heads, D)
+        k = linear(self.to_k, x, adapter, "attention.to_k").unflatten(-1, (self.heads, -1))
+        v = linear(self.to_v, x, adapter, "attention.to_v").unflatten(-1, (self.heads, -1))
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        y = y.transpose(1, 2).flatten(2)                                                # (B, N, dim)
+        return linear(self.to_out[0], y, adapter, "attention.to_out.0")
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor, adapter: AdapterBlock) -> Tensor:
+        gate = F.silu(linear(self.w1, x, adapter, "feed_forward.w1"))
+        return linear(self.w2, gate * linear(self.w3, x, adapter, "feed_forward.w3"), adapter, "feed_forward.w2")
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms; scaled and gated by the time unless `modulated` is off."""
+
+    def __init__(self, config: dict, modulated: bool):
+        super().__init__()
+        dim, eps = config["dim"], config["norm_eps"]
+        self.attention = Attention(dim, config["n_heads"])
+        self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
+        self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
+        self.attention_norm2 = nn.RMSNorm(dim, eps=eps)
+        self.ffn_norm1 = nn.RMSNorm(dim, eps=eps)
+        self.ffn_norm2 = nn.RMSNorm(dim, eps=eps)
+        self.modulated = modulated
+        if modulated:
+            self.adaLN_modulation = nn.ModuleList([nn.Linear(min(dim, TIME_WIDTH), 4 * dim)])
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, time: Tensor | None,
+                adapter: AdapterBlock) -> Tensor:
+        """x (B, N, dim), mask (B, 1, 1, N) bool with True = attend, or None; time (b, width) with b = 1 or B."""
+        if not self.modulated:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, mask, adapter))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), adapter))
+        modulation = linear(self.adaLN_modulation[0], time, adapter, MODULATION).unsqueeze(1)
+        scale_a, gate_a, scale_f, gate_f = modulation.chunk(4, dim=-1)                  # (b, 1, dim) each
+        y = self.attention(self.attention_norm1(x) * (1 + scale_a), rope, mask, adapter)
+        x = x + gate_a.tanh() * self.attention_norm2(y)
+        y = self.feed_forward(self.ffn_norm1(x) * (1 + scale_f), adapter)
+        return x + gate_f.tanh() * self.ffn_norm2(y)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches, scaled by the time."""
+
+    def __init__(self, dim: int, patch_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, TIME_WIDTH), dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.linear(self.norm_final(x) * (1 + self.adaLN_modulation(time).unsqueeze(1)))
+
+
+# ---------------------------------------------------------------------------------------------------- the network
+class ZImageTransformer(nn.Module):
+    """Single-stream diffusion transformer over [image tokens, caption tokens]."""
+
+    def __init__(self, config: dict):
+        """config: the content of transformer/config.json (other keys are ignored). Raises InputError."""
+        super().__init__()
+        check_config(config)
+        dim, refiners = config["dim"], config["n_refiner_layers"]
+        self.in_channels = config["in_channels"]
+        self.patch_size = self.multiple = config["all_patch_size"][0]  # latent sides must be multiples of this
+        self.caption_channels = config["cap_feat_dim"]
+        self.t_scale, self.theta = config["t_scale"], config["rope_theta"]
+        self.axes_dims, self.axes_lens = list(config["axes_dims"]), list(config["axes_lens"])
+        self.checkpointing = False
+        self.key = f"{self.patch_size}-1"
+        patch_channels = self.patch_size ** 2 * self.in_channels
+
+        self.all_x_embedder = nn.ModuleDict({self.key: nn.Linear(patch_channels, dim)})
+        self.all_final_layer = nn.ModuleDict({self.key: FinalLayer(dim, patch_channels)})
+        self.noise_refiner = nn.ModuleList([Block(config, modulated=True) for _ in range(refiners)])
+        self.context_refiner = nn.ModuleList([Block(config, modulated=False) for _ in range(refiners)])
+        self.layers = nn.ModuleList([Block(config, modulated=True) for _ in range(config["n_layers"])])
+        self.t_embedder = TimeEmbedder(min(dim, TIME_WIDTH))
+        self.cap_embedder = nn.Sequential(nn.RMSNorm(self.caption_channels, eps=config["norm_eps"]),
+                                          nn.Linear(self.caption_channels, dim))
+        self.x_pad_token = nn.Parameter(0.02 * torch.randn(1, dim))
+        self.cap_pad_token = nn.Parameter(0.02 * torch.randn(1, dim))
+
+    # ------------------------------------------------------------------------------------------------ names
+    def blocks(self) -> dict[str, Block]:
+        """Name -> block, for all repeated blocks."""
+        return {f"{group}.{i}": block for group in ("noise_refiner", "context_refiner", "layers")
+                for i, block in enumerate(getattr(self, group))}
+
+    def lora_names(self) -> list[str]:
+        """Full names of the Linear layers that LoRA trains: attention and feed-forward of every block."""
+        return [f"{block}.{target}" for block in self.blocks() for target in LORA_TARGETS]
+
+    def adaptable_names(self) -> list[str]:
+        """Full names of the Linear layers that an adapter may change: those we train and the blocks' modulation."""
+        return self.lora_names() + [f"{name}.{MODULATION}" for name, block in self.blocks().items() if block.modulated]
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Tensor],
+                 adapter: Adapter | None = None) -> Tensor:
+        """v = eps - x0 at noise level sigma (the convention of this project; Eq. 5 and 6 up to its time direction).
+
+        x: (B, C, H, W) float32, H and W multiples of the patch; sigma: float, () or (B,) in [0, 1];
+        context: B tensors (L_i, cap_feat_dim) of any float dtype; adapter: LoRA or None.
+        Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
+        """
+        self._check(x, context)
+        dtype, (height, width) = self.x_pad_token.dtype, (side // self.patch_size for side in x.shape[2:])
+        lengths = [-(-len(c) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in context]
+        self._check_axes(max(lengths), height, width)
+        image_rope, caption_rope = self._rope(lengths, height, width, x.device)
+        mask = self._mask(lengths, x.device)
+
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)    # (1,) or (B,)
+        time = self.t_embedder((1 - sigma) * self.t_scale)                                  # (1 or B, time width)
+
+        tokens = rearrange(x.to(dtype), "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
+        tokens = self.all_x_embedder[self.key](tokens)                                      # (B, h w, dim)
+        pads = -tokens.shape[1] % SEQUENCE_MULTIPLE
+        if pads:
+            tokens = torch.cat([tokens, self.x_pad_token.expand(len(x), pads, -1)], dim=1)  # (B, N, dim)
+        tokens = self._run("noise_refiner", tokens, image_rope, None, time, adapter)
+
+        caption = self._embed_caption(context, max(lengths), dtype)                         # (B, L, dim)
+        caption = self._run("context_refiner", caption, caption_rope, mask, None, adapter)
+
+        if mask is not None:                                                                # all image tokens count
+            mask = F.pad(mask, (tokens.shape[1], 0), value=True)                            # (B, 1, 1, N + L)
+        rope = tuple(torch.cat(pair, dim=1) for pair in zip(image_rope, caption_rope))
+        y = self._run("layers", torch.cat([tokens, caption], dim=1), rope, mask, time, adapter)
+        y = self.all_final_layer[self.key](y[:, :height * width], time)                     # (B, h w, p q c)
+        y = rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=self.patch_size, q=self.patch_size)
+        return -y.float()                                                                   # the network says x0 - eps
+
+    def _run(self, group: str, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, time: Tensor | None,
+             adapter: Adapter | None) -> Tensor:
+        """All blocks of one group. The adapter's tensors are arguments, so a recomputation sees the same ones."""
+        for i, block in enumerate(getattr(self, group)):
+            part = adapter.block(f"{group}.{i}") if adapter is not None else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, time, part, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, mask, time, part)
+        return x
+
+    def _embed_caption(self, context: list[Tensor], longest: int, dtype: torch.dtype) -> Tensor:
+        """(B, longest, dim): embedded captions, each followed by pad tokens.
+
+        A caption shorter than the longest one gets more pad tokens than its own 32-multiple asks for; the mask
+        hides the surplus.
+        """
+        device = self.cap_pad_token.device
+        rows = nn.utils.rnn.pad_sequence([c.to(device, dtype) for c in context], batch_first=True)
+        rows = F.pad(self.cap_embedder(rows), (0, 0, 0, longest - rows.shape[1]))
+        real = torch.tensor([len(c) for c in context], device=device)[:, None] > torch.arange(longest, device=device)
+        return torch.where(real[..., None], rows, self.cap_pad_token)
+
+    def _mask(self, lengths: list[int], device: torch.device) -> Tensor | None:
+        """(B, 1, 1, L) bool, True = attend; None when all lengths agree, so that flash kernels apply."""
+        if min(lengths) == max(lengths):
+            return None
+        keep = torch.tensor(lengths, device=device)[:, None] > torch.arange(max(lengths), device=device)
+        return keep[:, None, None, :]
+
+    def _rope(self, lengths: list[int], height: int, width: int, device: torch.device):
+        """Rotary tables of image and caption; leading size 1 when all captions have one length.
+
+        Positions (axis 0, row, column): caption token i is (1 + i, 0, 0), its pads count on; patch (r, c) comes after
+        the padded caption, (length + 1, r, c); pads of the image are (0, 0, 0).
+        """
+        if min(lengths) == max(lengths):
+            lengths = lengths[:1]
+        caption = torch.zeros(1, max(lengths), 3, dtype=torch.long, device=device)
+        caption[..., 0] = torch.arange(1, max(lengths) + 1, device=device)
+        patches = height * width
+        image = torch.zeros(len(lengths), patches + -patches % SEQUENCE_MULTIPLE, 3, dtype=torch.long, device=device)
+        image[:, :patches, 0] = torch.tensor(lengths, device=device)[:, None] + 1
+        image[:, :patches, 1] = torch.arange(height, device=device).repeat_interleave(width)
+        image[:, :patches, 2] = torch.arange(width, device=device).repeat(height)
+        caption_rope = rope_table(caption, self.axes_dims, self.theta)
+        if len(lengths) > 1:
+            caption_rope = tuple(table.expand(len(lengths), -1, -1, -1) for table in caption_rope)
+        return rope_table(image, self.axes_dims, self.theta), caption_rope
+
+    def _check(self, x: Tensor, context: list[Tensor]) -> None:
+        batch, channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise InputError(f"latents: {channels} channels, the transformer has {self.in_channels}; "
+                             "use the VAE and the transformer of one checkpoint")
+        if height % self.patch_size or width % self.patch_size or not height * width:
+            raise InputError(f"latents: {height}x{width} is not divisible by the patch size {self.patch_size}; "
+                             "choose another height or width")
+        if len(context) != batch:
+            raise InputError(f"contexts: {len(context)} for {batch} latents; give one context per latent")
+        for c in context:
+            if c.ndim != 2 or c.shape[1] != self.caption_channels or not len(c):
+                raise InputError(f"context: shape {tuple(c.shape)}, expected (tokens, {self.caption_channels}); "
+                                 "use the text encoder and the transformer of one checkpoint")
+
+    def _check_axes(self, caption: int, height: int, width: int) -> None:
+        """The checkpoint was trained for positions below axes_lens only."""
+        if caption + 1 >= self.axes_lens[0]:
+            raise InputError(f"caption: {caption} tokens after padding, the transformer takes fewer than "
+                             f"{self.axes_lens[0] - 1}; shorten the prompt")
+        for side, patches, limit in (("height", height, self.axes_lens[1]), ("width", width, self.axes_lens[2])):
+            if patches > limit:
+                raise InputError(f"{side}: {patches} patches, the transformer takes at most {limit}; "
+                                 f"choose a smaller {side}")
+
+
+def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
+         compile: bool = False) -> ZImageTransformer:
+    """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
+
+    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block.
+    Raises InputError when config or weights are missing or do not belong together.
+    """
+    folder = Path(folder) / "transformer"
+    config = read_json(folder / "config.json", *KEYS)
+    try:
+        with torch.device("meta"):
+            model = ZImageTransformer(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    load_strictly(model, tensors(folder), folder, device, dtype)
+    model.checkpointing = checkpointing
+    if compile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        for block in model.blocks().values():
+            block.compile()
+    return model.eval()

@@ -1,0 +1,104 @@
+"""The sampler: sigma grid, Euler step, and the student's trajectory as a generator.
+
+D-OPSD (arXiv 2605.05204), Section 3: Eq. 3 is `rollout`, the detached states of Eq. 5 are its points.
+One time convention in the whole project: sigma runs 1 -> 0, x_sigma = (1 - sigma) x0 + sigma eps and
+v = dx/dsigma = eps - x0. The same `euler` moves the student in training and the sampler at inference, so that training
+visits exactly the states of inference with as many steps. Everything is float32.
+
+Differs from the paper / official code:
+1. The paper counts t = 1 - sigma with velocity x0 - eps; we keep sigma and eps - x0 everywhere.
+2. The official code walks all K steps and then calls backward once, with K graphs alive. Here a generator hands out one
+   point at a time, and the caller calls backward before asking for the next. States are detached: same gradient.
+3. The official grid for Z-Image, sigma = 1, .9, .75, .5, is a list in its options; here it is `sigma_grid(config, 4)`.
+"""
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from files import InputError
+
+Velocity = Callable[[Tensor, float], Tensor]  # (x (B, C, H, W), sigma) -> v (B, C, H, W)
+
+# Options of scheduler_config.json that would give another grid or another step than the one below.
+UNSUPPORTED = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+               "invert_sigmas", "shift_terminal", "stochastic_sampling")
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Time shift sigma(u) = shift u / (1 + (shift - 1) u) of [0, 1]; a shift above 1 spends more time at high noise."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def scheduler_shift(scheduler_config: dict) -> float:
+    """The `shift` of a scheduler_config.json whose other options leave the plain grid as it is. Raises InputError."""
+    name = scheduler_config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise InputError(f"scheduler_config.json: _class_name {name} is not supported; "
+                         "use a checkpoint with FlowMatchEulerDiscreteScheduler")
+    for key in UNSUPPORTED:
+        if scheduler_config.get(key):
+            raise InputError(f"scheduler_config.json: {key} = {scheduler_config[key]} is not supported; "
+                             "use a checkpoint with a plain shift (Z-Image-Turbo has shift 3.0)")
+    shift = scheduler_config.get("shift")
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < float("inf"):
+        raise InputError(f"scheduler_config.json: shift = {shift} is not a positive number; "
+                         "use the config that belongs to this checkpoint (Z-Image-Turbo has 3.0)")
+    return float(shift)
+
+
+def sigma_grid(scheduler_config: dict, steps: int) -> Tensor:
+    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0.
+
+    scheduler_config: content of scheduler/scheduler_config.json. Source: ZImagePipeline of diffusers 0.42.1, whose u
+    goes from 1 to 1/steps and gets a final 0 (older releases let u itself reach 0, so their last step did nothing).
+    Raises InputError for steps < 1 and for schedulers with another grid.
+    """
+    shift = scheduler_shift(scheduler_config)
+    if steps < 1:
+        raise InputError(f"steps = {steps}: a sampler needs at least one step; give 1 or more")
+    u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float32)
+    return torch.cat([shifted(u, shift), torch.zeros(1)])  # (steps + 1,)
+
+
+def euler(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One ODE step from sigma to sigma_next along v, x' = x + (sigma' - sigma) v (Eq. 3). Shapes (B, C, H, W)."""
+    return x + (sigma_next - sigma) * v
+
+
+@dataclass(frozen=True)
+class Point:
+    """One state of the student's trajectory, and what the student predicts there."""
+    x: Tensor           # (B, C, H, W) float32, detached: no gradient crosses solver steps (Eq. 5)
+    sigma: float        # noise level of x
+    sigma_next: float   # noise level of the next state; 0 at the last point
+    v_student: Tensor   # (B, C, H, W) float32, carries the graph of this one forward
+
+
+def rollout(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Iterator[Point]:
+    """The student's own trajectory (Eq. 3), one `Point` per step.
+
+    velocity: the student, called with gradients on. x: (B, C, H, W) noise at sigmas[0]. sigmas: (K + 1,), `sigma_grid`.
+    Call backward on each point before asking for the next: one graph is alive at a time, whatever K is. The last state,
+    x0, is not handed out, because no loss is defined there.
+    """
+    x = x.detach().float()
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        point = Point(x, sigma, sigma_next, velocity(x, sigma).float())
+        x = euler(x, point.v_student.detach(), sigma, sigma_next)  # the only line that an SDE step would replace
+        # The generator sleeps inside `yield` and then runs the next forward: a local reference left here would keep
+        # this point's graph alive beside the next one. So hand over the only reference.
+        handover = [point]
+        del point
+        yield handover.pop()
+
+
+@torch.no_grad()
+def sample(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
+    """x0 (B, C, H, W) float32 from noise x at sigmas[0]: the states of `rollout`, without gradients."""
+    x = x.float()
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        x = euler(x, velocity(x, sigma).float(), sigma, sigma_next)
+    return x

@@ -1,0 +1,508 @@
+"""Data folders, images, buckets, the feature cache and the order of batches, with tiny images and fake encoders."""
+import gc
+import json
+import re
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+from data import (Dataset, Row, bucket_shapes, crop, generator, model_key, nearest_shape, open_image, prepare,
+                  read_folder)
+from files import InputError
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8), color="red", mode: str = "RGB") -> Path:
+    Image.new(mode, size, color).save(path)
+    return path
+
+
+def sidecars(folder: Path, names: str = "abcd", size: tuple[int, int] = (8, 8)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        picture(folder / f"{name}.png", size, (20 * i, 100, 200))
+        (folder / f"{name}.txt").write_text(f"caption {name}\n")
+    return folder
+
+
+def table(path: Path, *lines) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def fails(path: Path, message: str) -> None:
+    """`read_folder(path)` raises one line that matches `message`, in which PATH stands for the path."""
+    with pytest.raises(InputError) as caught:
+        read_folder(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text, text
+    assert re.fullmatch(message.replace("PATH", re.escape(str(path))), text), text
+
+
+# ----------------------------------------------------------------------------------------------------- layouts
+def test_sidecar_layout(tmp_path):
+    for name in ("a.png", "b.JPG", "c.jpeg", "d.webp", "e.bmp"):
+        picture(tmp_path / name, (10, 6))
+        (tmp_path / name).with_suffix(".txt").write_text(f"  a picture called {name[0]}\n", encoding="utf-8-sig")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    (tmp_path / "._a.png").write_bytes(b"\0")
+    (tmp_path / "more").mkdir()
+    rows = read_folder(str(tmp_path))
+    assert [row.image.name for row in rows] == ["a.png", "b.JPG", "c.jpeg", "d.webp", "e.bmp"]
+    assert rows[0] == Row(tmp_path / "a.png", ("a picture called a",), (10, 6))
+    assert rows[1].captions == ("a picture called b",)
+
+
+def test_metadata_layout(tmp_path):
+    (tmp_path / "sub").mkdir()
+    picture(tmp_path / "a.png"), picture(tmp_path / "sub" / "b.png")
+    table(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "one \u2028 line"}, "",
+          {"file_name": "sub/b.png", "text": ["first", " second "], "extra": 1})
+    rows = read_folder(tmp_path)
+    assert [(row.image, row.captions) for row in rows] == [
+        (tmp_path / "a.png", ("one \u2028 line",)), (tmp_path / "sub" / "b.png", ("first", "second"))]
+    assert read_folder(tmp_path / "metadata.jsonl") == rows
+
+
+def test_official_layout(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    picture(images / "a.png"), picture(images / "b.png")
+    table(tmp_path / "train.jsonl",
+          {"local_path_list": ["images/a.png", "unused.png"], "h*w": "1024*1024", "short_en": "a dog", "medium_en": "",
+           "detailed_en": "a small dog", "user_prompt_en": None, "user_prompt_zh": "狗"},
+          {"local_path_list": [str(images / "b.png")], "short_zh": "猫"})
+    rows = read_folder(tmp_path)
+    assert [row.image for row in rows] == [images / "a.png", images / "b.png"]
+    assert [row.captions for row in rows] == [("a dog", "a small dog", "狗"), ("猫",)]
+    assert read_folder(tmp_path / "train.jsonl") == rows
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+def test_missing_and_empty_folders(tmp_path):
+    fails(tmp_path / "none", r"PATH: no such folder; --data takes a folder of images with captions, or a .jsonl file")
+    fails(picture(tmp_path / "a.png"), r"PATH: no such folder; .*")
+    empty = tmp_path / "empty"
+    (empty / "sub").mkdir(parents=True)
+    fails(empty, r"PATH: no images here \(subfolders are not searched\); add png, jpg, .* or a metadata.jsonl")
+    table(tmp_path / "x.jsonl", "", " ")
+    fails(tmp_path / "x.jsonl", r"PATH: no rows; write one JSON object per image and line")
+    table(tmp_path / "y.jsonl")
+    fails(tmp_path, r"PATH: several .jsonl files \(x.jsonl, y.jsonl\); give --data the path of the one to use")
+
+
+def test_incomplete_pairs(tmp_path):
+    folder = sidecars(tmp_path / "one")
+    (folder / "b.txt").unlink()
+    fails(folder, r"PATH/b.png: an image without a caption; write one into b.txt beside it")
+    folder = sidecars(tmp_path / "two")
+    (folder / "c.png").unlink()
+    fails(folder, r"PATH/c.txt: a caption without an image; add c.png \(png, .*\) or remove the caption")
+    folder = sidecars(tmp_path / "three")
+    (folder / "d.txt").write_text(" \n")
+    fails(folder, r"PATH/d.txt: the caption is empty; write what the image shows")
+    (folder / "d.txt").write_bytes(b"\xff\xfe\x00")
+    fails(folder, r"PATH/d.txt: not readable as UTF-8 text \(.*\); save it as UTF-8")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_broken_images(tmp_path, suffix):
+    folder = sidecars(tmp_path / "data")
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    bad = folder / f"e.{suffix}"
+    Image.fromarray(noise).save(bad)
+    (folder / "e.txt").write_text("noise")
+    assert len(read_folder(folder)) == 5
+    bad.write_bytes(bad.read_bytes()[:-1000])
+    fails(folder, rf"PATH/e.{suffix}: not (a complete image \(.*\)|an image of a known format); replace or remove it")
+    bad.write_bytes(b"<html>404</html>")
+    fails(folder, rf"PATH/e.{suffix}: not an image of a known format; replace or remove it")
+    bad.write_bytes(b"")
+    fails(folder, rf"PATH/e.{suffix}: not an image of a known format; replace or remove it")
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"file_name": "a.png", ', r"not valid JSON \(.*\); correct or remove this line"),
+    ('["a.png"]', r"expected an object \{...\}, found list; correct this line"),
+    ({"text": "x"}, r"the field 'file_name' is missing; write file_name and text into each line"),
+    ({"file_name": "a.png"}, r"the field 'text' is missing; write file_name and text into each line"),
+    ({"file_name": "a.png", "text": 3}, r"file_name must be a string, .*; correct this line"),
+    ({"file_name": "a.png", "text": [3]}, r"file_name must be a string, .*; correct this line"),
+    ({"file_name": None, "text": "x"}, r"file_name must be a string, .*; correct this line"),
+    ({"file_name": "a.png", "text": " "}, r"'text' holds an empty caption; write what the image shows"),
+    ({"file_name": "a.png", "text": []}, r"'text' holds an empty caption; write what the image shows"),
+    ({"file_name": "a.png", "text": ["x", ""]}, r"'text' holds an empty caption; write what the image shows"),
+    ({"file_name": "z.png", "text": "x"}, r".*/z.png: no such file; correct the path or add the image"),
+    ({"local_path_list": [], "short_en": "x"}, r"'local_path_list' must be a list that starts with a path; .*"),
+    ({"local_path_list": "a.png", "short_en": "x"}, r"'local_path_list' must be a list that starts with a path; .*"),
+    ({"local_path_list": ["z.png"], "short_en": "x"}, r".*/z.png: no such file; correct the path or add the image"),
+    ({"local_path_list": ["a.png"], "short_en": " "}, r"no caption; fill in at least one of short_en, .*_zh"),
+    ({"local_path_list": ["a.png"], "short_en": ["x"]}, r"captions must be strings; correct this line"),
+])
+def test_bad_jsonl_lines(tmp_path, line, message):
+    picture(tmp_path / "a.png")
+    table(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "fine"}, "", line)
+    fails(tmp_path / "metadata.jsonl", rf"PATH, line 3: {message}")
+
+
+def test_other_bad_tables(tmp_path):
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    path = table(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "x"})
+    fails(tmp_path, r"PATH/b.png: an image without a caption; add a line for it to metadata.jsonl, or remove it")
+    path.rename(tmp_path / "other.jsonl")  # another table names what it uses; the rest of the folder is not its own
+    assert len(read_folder(tmp_path)) == 1
+    (tmp_path / "a.png").write_bytes(b"x")
+    fails(tmp_path, r"PATH/a.png: not an image of a known format; replace or remove it")
+    (tmp_path / "other.jsonl").write_bytes(b"\xff\n")
+    fails(tmp_path / "other.jsonl", r"PATH: not readable as UTF-8 text \(.*\); save it as UTF-8")
+
+
+# ------------------------------------------------------------------------------------------------------ images
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    upright = Image.new("RGB", (16, 8), "white")
+    upright.paste("red", (0, 0, 4, 4))
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}  # how a camera that was held so stores the upright picture
+    stored = upright.transpose(getattr(Image.Transpose, undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "a.txt").write_text("a corner")
+    assert np.array_equal(open_image(tmp_path / "a.png"), upright)
+    assert read_folder(tmp_path)[0].size == (16, 8)
+
+
+def test_transparency_over_white(tmp_path):
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    rgba.putpixel((1, 0), (0, 0, 255, 128))
+    rgba.save(tmp_path / "rgba.png")
+    assert np.array(open_image(tmp_path / "rgba.png")).tolist() == [[[255, 255, 255], [127, 127, 255]]]
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "la.png")
+    assert open_image(tmp_path / "la.png").getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert np.array(open_image(tmp_path / "p.png")).tolist() == [[[255, 255, 255], [200, 100, 50]]]
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    assert open_image(tmp_path / "key.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_modes(tmp_path):
+    grey16 = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "wide.png")
+    assert np.array(open_image(tmp_path / "wide.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
+    for values in ([[0.0, 0.5, 1.0]], [[0.0, 127.6, 300.0]]):
+        Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "float.tif")
+        assert np.array(open_image(tmp_path / "float.tif"))[0, :, 2].tolist() == [0, 128, 255]
+    Image.fromarray(np.array([[0, 65535]], dtype=np.int32)).save(tmp_path / "int.tif")
+    assert np.array(open_image(tmp_path / "int.tif"))[0, :, 0].tolist() == [0, 255]
+    for mode, color, expected in (("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("RGB", (1, 2, 3), (1, 2, 3))):
+        picture(tmp_path / "a.png", (2, 2), color, mode)
+        image = open_image(tmp_path / "a.png")
+        assert image.mode == "RGB" and image.getpixel((0, 0)) == expected
+    picture(tmp_path / "cmyk.jpg", (8, 8), (0, 255, 255, 0), "CMYK")  # ink: no cyan, all magenta and yellow
+    red, green, blue = open_image(tmp_path / "cmyk.jpg").getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+    with pytest.raises(InputError, match="none.png: no such file"):
+        open_image(tmp_path / "none.png")
+
+
+# ----------------------------------------------------------------------------------------------------- buckets
+def test_bucket_shapes():
+    paper = {(1024, 1024), (1152, 896), (896, 1152), (1152, 864), (864, 1152), (1248, 832), (832, 1248), (1280, 720),
+             (720, 1280), (1344, 576), (576, 1344)}
+    for multiple in (8, 16):
+        shapes = bucket_shapes(1024, multiple)
+        assert shapes[0] == (1024, 1024) and len(shapes) == 11 and set(shapes) == paper
+    for size, multiple in ((64, 8), (64, 16), (96, 8), (512, 16), (768, 16), (1024, 32), (16, 16)):
+        shapes = bucket_shapes(size, multiple)
+        assert shapes[0] == (size, size) and len(set(shapes)) == len(shapes)
+        assert {(width, height) for height, width in shapes} == set(shapes)
+        assert all(side % multiple == 0 and side > 0 for shape in shapes for side in shape)
+    # sides at 64: 896 -> 56, 1152 -> 72, 864 -> 54 -> 56 (a double), 832 -> 52 -> 56, 1248 -> 78 -> 80, 720 -> 45 -> 48
+    assert bucket_shapes(64, 8) == [(64, 64), (56, 72), (72, 56), (56, 80), (80, 56), (48, 80), (80, 48), (40, 88),
+                                    (88, 40)]
+
+
+@pytest.mark.parametrize("size, near", [(100, 96), (4, 8), (0, 8), (-8, 8)])
+def test_size_must_be_divisible(size, near):
+    with pytest.raises(InputError, match=rf"^--size {size}: not a positive multiple of 8, .* try {near}$"):
+        bucket_shapes(size, 8)
+
+
+def test_nearest_shape():
+    shapes = bucket_shapes(1024, 16)
+    for size, shape in (((500, 500), (1024, 1024)), ((1920, 1080), (720, 1280)), ((1080, 1920), (1280, 720)),
+                        ((3000, 2000), (832, 1248)), ((4000, 3000), (864, 1152)), ((9000, 100), (576, 1344)),
+                        ((1, 500), (1344, 576)), ((1152, 896), (896, 1152))):
+        assert nearest_shape(size, shapes) == shape
+    # in log, 1.15 is a little nearer to 1.286 than to 1: sqrt(1 * 1152 / 896) = 1.134
+    assert nearest_shape((1130, 1000), shapes) == (1024, 1024) and nearest_shape((1140, 1000), shapes) == (896, 1152)
+
+
+def test_crop_geometry():
+    ramp = np.zeros((20, 60, 3), dtype=np.uint8)
+    ramp[:, :20, 0], ramp[:, 20:40, 1], ramp[:, 40:, 2] = 255, 255, 255  # red, green, blue thirds
+    middle = np.array(crop(Image.fromarray(ramp), (20, 20)))
+    assert middle.shape == (20, 20, 3) and np.array_equal(middle, ramp[:, 20:40])
+    tall = np.array(crop(Image.fromarray(ramp.transpose(1, 0, 2).copy()), (40, 40)))  # enlarged: the middle third
+    assert tall.shape == (40, 40, 3) and (tall[..., 1] > 200).all() and (tall[8:-8, :, 1] == 255).all()
+    same = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 24, 3), dtype=np.uint8))
+    assert np.array_equal(crop(same, (16, 24)), same)
+    assert crop(same, (8, 24)).size == (24, 8) and np.array_equal(crop(same, (8, 24)), np.array(same)[4:12])
+    odd = Image.fromarray(np.random.default_rng(1).integers(0, 255, (37, 53, 3), dtype=np.uint8))
+    flipped = crop(odd.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (16, 16)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.abs(np.array(flipped, dtype=int) - np.array(crop(odd, (16, 16)), dtype=int)).max() <= 1  # truly centred
+    assert crop(Image.new("RGB", (9000, 3)), (16, 32)).size == (32, 16)
+
+
+def test_to_tensor():
+    image = Image.new("RGB", (4, 2), (0, 255, 51))
+    tensor = data.to_tensor(image)
+    assert tensor.shape == (1, 3, 2, 4) and tensor.dtype == torch.float32
+    assert torch.allclose(tensor[0, :, 1, 2], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+class FakeVae:
+    """Mean over 4 x 4 pixels, so that latents tell which image they came from."""
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled() and image.shape[0] == 1 and image.abs().max() <= 1
+        return torch.nn.functional.avg_pool2d(image, 4)
+
+
+class FakeEncoder:
+    """Contexts whose length and values follow from the prompt, and for the teacher from the image's first pixel."""
+
+    def text_context(self, prompts: list[str]) -> list[torch.Tensor]:
+        batch = torch.zeros(len(prompts), 64, 5, dtype=torch.bfloat16)  # views of one tensor, as real encoders return
+        for row, prompt in zip(batch, prompts):
+            row[:] = sum(prompt.encode()) % 97
+        return [row[:len(prompt)] for row, prompt in zip(batch, prompts)]
+
+    def image_text_context(self, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
+        return [torch.cat([torch.full((1, 5), float(image.getpixel((0, 0))[0])).bfloat16(), context])
+                for image, context in zip(images, FakeEncoder.text_context(self, prompts), strict=True)]
+
+
+class Loader:
+    """Callables for `prepare` that count loads and watch that two models never live at once."""
+
+    def __init__(self):
+        self.loads, self.alive, self.encoded = [], weakref.WeakSet(), []  # encoded: the prompts that were asked for
+
+    def load(self, kind):
+        assert len(self.alive) == 0, "two models in memory at once"
+        self.loads.append(kind.__name__)
+        model = kind()
+        encode = getattr(model, "text_context", None)
+        if encode:
+            model.text_context = lambda prompts: self.encoded.append(tuple(prompts)) or encode(prompts)
+            model.itself = model  # a cycle, as in real modules with hooks: dropping the name alone does not free it
+        self.alive.add(model)
+        return model
+
+    def prepare(self, folder, cache, key="model", size=16, **options):
+        return prepare(read_folder(folder), size, 8, cache, key, lambda: self.load(FakeVae),
+                       lambda: self.load(FakeEncoder), **options)
+
+
+def test_cache_is_filled_once(tmp_path, capsys):
+    folder, loader = sidecars(tmp_path / "data", size=(16, 16)), Loader()
+    gc.disable()
+    try:
+        examples = loader.prepare(folder, tmp_path / "cache")
+        assert loader.loads == ["FakeVae", "FakeEncoder"] and len(loader.alive) == 0  # freed before it returned
+    finally:
+        gc.enable()
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    stored = load_file(examples[1].file)
+    assert set(stored) == {"latents", "student.0", "teacher.0"}
+    assert stored["latents"].shape == (3, 4, 4) and stored["latents"].dtype == torch.float32
+    assert stored["student.0"].shape == (9, 5) and stored["student.0"].dtype == torch.bfloat16
+    assert stored["teacher.0"].shape == (10, 5) and float(stored["teacher.0"][0, 0]) == 20.0
+    assert torch.allclose(stored["latents"][:, 0, 0], torch.tensor([20, 100, 200]) / 127.5 - 1)
+
+    again = Loader()
+    assert again.prepare(folder, tmp_path / "cache") == examples and again.loads == []
+    moved = shutil.copytree(folder, tmp_path / "moved")  # content counts, not the place
+    assert [example.file for example in again.prepare(moved, tmp_path / "cache")] == [e.file for e in examples]
+    assert again.loads == []
+    assert capsys.readouterr().err == ""
+
+
+def test_only_what_changed_is_encoded_again(tmp_path):
+    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
+    Loader().prepare(folder, cache)
+
+    def encoded(**options) -> list[str]:
+        loader = Loader()
+        loader.prepare(folder, cache, **options)
+        return [prompts[0] for prompts in loader.encoded]
+
+    (folder / "b.txt").write_text("another caption")
+    assert encoded() == ["another caption"] and encoded() == []
+    picture(folder / "c.png", (16, 16), "blue")
+    assert encoded() == ["caption c"] and encoded() == []
+    assert len(encoded(key="other model")) == 4 and encoded(key="other model") == []
+    assert len(encoded(size=32)) == 4 and encoded() == []
+
+
+def test_broken_cache_files_are_encoded_again(tmp_path):
+    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
+    examples = Loader().prepare(folder, cache)
+    whole = [example.file.read_bytes() for example in examples]
+    examples[0].file.write_bytes(whole[0][:-20])
+    examples[1].file.write_bytes(b"")
+    examples[2].file.write_bytes(b"garbage" * 100)
+    save_file({"latents": torch.zeros(3, 4, 4)}, examples[3].file)
+    loader = Loader()
+    loader.prepare(folder, cache)
+    assert len(loader.encoded) == 4
+    assert [example.file.read_bytes() for example in examples] == whole
+
+
+def test_without_teacher(tmp_path):
+    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
+    examples = Loader().prepare(folder, cache, want_teacher=False)
+    batch = Dataset(examples, 2, 0).batch(0)
+    assert batch.teacher_context == [] and len(batch.student_context) == 2
+    loader = Loader()
+    loader.prepare(folder, cache)  # now the teacher is wanted: the same files are completed
+    assert len(loader.encoded) == 4
+    assert Loader().prepare(folder, cache, want_teacher=False) == examples and len(list(cache.iterdir())) == 4
+
+
+def test_enlarged_images_warn_once(tmp_path, capsys):
+    folder = sidecars(tmp_path / "data", "abc", (16, 16))
+    picture(folder / "b.png", (8, 8))
+    for _ in range(2):
+        Loader().prepare(folder, tmp_path / "cache")
+        warning = capsys.readouterr().err
+        assert warning.count("warning:") == 1 and warning.count("\n") == 1
+        assert "1 of 3 images are enlarged" in warning and "b.png (2.00x)" in warning
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    folder = sidecars(tmp_path / "data", size=(16, 16))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="could not be written"):
+        Loader().prepare(folder, tmp_path / "file" / "cache")
+
+
+def test_model_key(tmp_path):
+    def model(name: str, scale: float, width: int = 4) -> Path:
+        folder = tmp_path / name / "vae"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"width": width}))
+        save_file({"w": torch.full((4, 4), scale)}, folder / "model.safetensors")
+        (tmp_path / name / "vae" / "README.md").write_text(name)
+        return tmp_path / name
+
+    first = model_key(model("one", 1.0), "vae")
+    assert first == model_key(model("copy", 1.0), "vae") == model_key(tmp_path / "one", "vae")
+    keys = {first, model_key(model("trained", 2.0), "vae"), model_key(model("config", 1.0, 8), "vae"),
+            model_key(tmp_path / "one" / "vae")}
+    assert len(keys) == 4  # same header and size, other weights: another model
+    with pytest.raises(InputError, match="text_encoder: no such folder"):
+        model_key(tmp_path / "one", "vae", "text_encoder")
+
+
+def test_large_files_are_sampled(tmp_path):
+    big = tmp_path / "a.safetensors"
+    content = np.random.default_rng(0).bytes(100_000)
+    hashes = set()
+    for change in (None, 0, len(content) - 1):
+        edited = bytearray(content)
+        if change is not None:
+            edited[change] ^= 1
+        big.write_bytes(edited)
+        hashes.add(data.sampled_hash(big, samples=8, length=1000))
+        assert data.sampled_hash(big, samples=8, length=1000) in hashes
+    assert len(hashes) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- order
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten images in three buckets (5 square, 3 wide, 2 tall); the wide ones have three captions."""
+    lines = []
+    for i, size in enumerate([(16, 16)] * 5 + [(36, 16)] * 3 + [(16, 36)] * 2):
+        picture(tmp_path / f"{i}.png", size, (10 * i, 0, 0))
+        text = [f"{i} one", f"{i} two", f"{i} three"] if size == (36, 16) else f"{i} only"
+        lines.append({"file_name": f"{i}.png", "text": text})
+    table(tmp_path / "metadata.jsonl", *lines)
+    return Loader().prepare(tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("batch_size, per_epoch", [(1, 10), (2, 3 + 2 + 1), (3, 2 + 1 + 1), (4, 2 + 1 + 1), (100, 3)])
+def test_every_image_once_per_epoch(mixed, batch_size, per_epoch):
+    dataset = Dataset(mixed, batch_size, seed=5)
+    assert sorted(dataset.buckets.values()) == [2, 3, 5] and dataset.batches_per_epoch == per_epoch
+    for epoch in range(3):
+        batches = [dataset.batch(epoch * per_epoch + i) for i in range(per_epoch)]
+        assert sorted(index for batch in batches for index in batch.indices) == list(range(10))
+        for batch in batches:
+            assert 1 <= len(batch.indices) <= batch_size
+            assert len({mixed[index].shape for index in batch.indices}) == 1
+            height, width = mixed[batch.indices[0]].shape
+            assert batch.latents.shape == (len(batch.indices), 3, height // 4, width // 4)
+
+
+def test_batch_contents_and_captions(mixed):
+    dataset, drawn = Dataset(mixed, 3, seed=0), set()
+    for step in range(40):
+        batch = dataset.batch(step)
+        assert batch.latents.dtype == torch.float32
+        for i, index in enumerate(batch.indices):
+            caption = batch.captions[i]
+            assert caption in mixed[index].row.captions
+            assert torch.equal(batch.student_context[i], FakeEncoder().text_context([caption])[0])
+            assert float(batch.teacher_context[i][0, 0]) == 10.0 * index
+            assert torch.equal(batch.teacher_context[i][1:], batch.student_context[i])
+            assert torch.allclose(batch.latents[i, 0], torch.tensor(10 * index / 127.5 - 1), atol=0.02)
+            drawn.add(caption)
+    assert len(drawn) == 7 + 3 * 3  # every caption gets its turn
+
+
+def test_order_is_a_function_of_seed_and_step(mixed):
+    def run(seed: int, steps) -> list:
+        dataset = Dataset(mixed, 2, seed)
+        return [(batch.indices, batch.captions) for batch in map(dataset.batch, steps)]
+
+    forward = run(1, range(18))
+    assert run(1, reversed(range(18))) == forward[::-1]  # no hidden state: any step, in any order
+    assert run(1, range(7, 18)) == forward[7:]
+    assert run(2, range(18)) != forward
+    assert len({str(forward[i:i + 6]) for i in (0, 6, 12)}) == 3  # epochs differ
+
+
+def test_small_data_sets(tmp_path):
+    examples = Loader().prepare(sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache")
+    for batch_size in (4, 9):
+        dataset = Dataset(examples, batch_size, 0)
+        assert dataset.batches_per_epoch == 1
+        assert all(sorted(dataset.batch(step).indices) == [0, 1, 2, 3] for step in range(3))
+    with pytest.raises(InputError, match="^--batch-size 0: "):
+        Dataset(examples, 0, 0)
+
+
+def test_generator():
+    def draw(*numbers):
+        return torch.randn(4, generator=generator(*numbers)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3) and generator(0).device.type == "cpu"
+    streams = [draw(1, 2, 3), draw(1, 3, 2), draw(12, 3), draw(1, 23), draw(1, 2), draw(1, "noise", 2), draw(-1, 2)]
+    assert len({str(stream) for stream in streams}) == len(streams)
+    first = np.array([draw(0, "noise", step)[0] for step in range(2000)])  # neighbouring steps are unrelated
+    assert abs(first.mean()) < 0.1 and abs(first.std() - 1) < 0.1
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.08

@@ -1,0 +1,120 @@
+"""Objectives against explicit formulas, finite differences and closed-form gradients."""
+import pytest
+import torch
+
+from files import InputError
+from loss import LOSSES, dopsd, draw_sigma, sft
+from rollout import Point, rollout, sigma_grid
+
+TURBO = {"shift": 3.0}
+SHAPE = (2, 3, 4, 5)
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or SHAPE), generator=torch.Generator().manual_seed(seed))
+
+
+def point_at(sigma: float, v: torch.Tensor) -> Point:
+    return Point(draw(0), sigma, sigma / 2, v)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.9, 0.3])
+def test_values(sigma):
+    point, v_teacher = point_at(sigma, draw(1)), draw(2)
+    pairs = zip(draw(1).flatten().tolist(), v_teacher.flatten().tolist())
+    explicit = sum((s - t) ** 2 for s, t in pairs) / v_teacher.numel()
+    assert float(dopsd(point, v_teacher, "v")) == pytest.approx(explicit, rel=1e-5)
+    x0_student, x0_teacher = point.x - sigma * point.v_student, point.x - sigma * v_teacher
+    explicit = torch.nn.functional.mse_loss(x0_student, x0_teacher)
+    assert float(dopsd(point, v_teacher, "x0")) == pytest.approx(float(explicit), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_gradient(kind):
+    sigma, v, v_teacher = 0.75, draw(3, 1, 1, 2, 3).requires_grad_(), draw(4, 1, 1, 2, 3)
+    dopsd(point_at(sigma, v), v_teacher, kind).backward()
+    weight = 1.0 if kind == "v" else sigma ** 2
+    closed = 2 * weight * (v.detach() - v_teacher) / v.numel()
+    assert torch.allclose(v.grad, closed, rtol=1e-5, atol=1e-8)
+
+    def reference(v64: torch.Tensor) -> float:  # the same objective, written from the x0 or v definition in float64
+        x, teacher = draw(0, 1, 1, 2, 3).double(), v_teacher.double()
+        a, b = (v64, teacher) if kind == "v" else (x - sigma * v64, x - sigma * teacher)
+        return float(((a - b) ** 2).mean())
+
+    step = 1e-5
+    for i in range(v.numel()):
+        nudge = torch.zeros(v.numel(), dtype=torch.float64)
+        nudge[i] = step
+        nudge = nudge.view_as(v)
+        numeric = (reference(v.detach().double() + nudge) - reference(v.detach().double() - nudge)) / (2 * step)
+        assert float(v.grad.flatten()[i]) == pytest.approx(numeric, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_teacher_gets_no_gradient(kind):
+    v, v_teacher = draw(5).requires_grad_(), draw(6).requires_grad_()
+    dopsd(point_at(0.5, v), v_teacher, kind).backward()
+    assert v.grad is not None and v_teacher.grad is None
+
+
+def test_low_precision_inputs_are_computed_in_float32():
+    v, v_teacher = draw(7).bfloat16(), draw(8).bfloat16()
+    for kind in LOSSES:
+        loss = dopsd(point_at(0.3, v), v_teacher, kind)
+        assert loss.dtype == torch.float32 and loss.shape == ()
+        assert torch.equal(loss, dopsd(point_at(0.3, v.float()), v_teacher.float(), kind))
+    # bfloat16 arithmetic would lose this: 1 + 2^-10 is not a bfloat16 number, the difference of two float32 is 2^-10
+    small = dopsd(point_at(1.0, torch.full(SHAPE, 1 + 2 ** -10)), torch.ones(SHAPE).bfloat16(), "v")
+    assert float(small) == 2 ** -20
+
+
+def test_unknown_objective():
+    with pytest.raises(InputError, match="^--loss huber: no such objective; choose one of v, x0$"):
+        dopsd(point_at(0.5, draw(1)), draw(2), "huber")
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_backward_per_step_equals_one_backward(kind):
+    def nets() -> tuple[torch.nn.Module, torch.nn.Module]:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+
+    student, teacher = nets()
+    for point in rollout(lambda x, sigma: student(x), draw(9), sigma_grid(TURBO, 4)):
+        (dopsd(point, teacher(point.x), kind) / 4).backward()
+    per_step = [parameter.grad for parameter in student.parameters()]
+
+    student, teacher = nets()
+    points = list(rollout(lambda x, sigma: student(x), draw(9), sigma_grid(TURBO, 4)))
+    torch.stack([dopsd(point, teacher(point.x), kind) for point in points]).mean().backward()
+    for ours, parameter in zip(per_step, student.parameters()):
+        assert torch.allclose(ours, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_sigma_draw():
+    generator = torch.Generator().manual_seed(0)
+    sigma = draw_sigma(generator, 3.0, 20000)
+    assert sigma.shape == (20000,) and sigma.dtype == torch.float32
+    assert 0 < float(sigma.min()) and float(sigma.max()) <= 1
+    u = sigma / (3 - 2 * sigma)  # undo the shift: uniform again
+    assert float(u.mean()) == pytest.approx(0.5, abs=0.01) and float(u.var()) == pytest.approx(1 / 12, abs=0.002)
+    assert torch.equal(sigma, draw_sigma(torch.Generator().manual_seed(0), 3.0, 20000))
+    assert float(draw_sigma(generator, 1.0, 20000).mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_sft():
+    x0, eps, sigma = draw(10), draw(11), torch.tensor([0.25, 1.0])
+    seen = {}
+
+    def velocity(x, s):
+        seen["x"], seen["sigma"] = x, s
+        return 0.1 * x
+
+    loss = sft(velocity, x0, eps, sigma)
+    assert torch.equal(seen["sigma"], sigma)
+    for b, s in enumerate((0.25, 1.0)):
+        assert torch.allclose(seen["x"][b], (1 - s) * x0[b] + s * eps[b])
+    assert float(loss) == pytest.approx(float(((0.1 * seen["x"] - (eps - x0)) ** 2).mean()), rel=1e-6)
+    assert float(sft(lambda x, s: eps - x0, x0, eps, sigma)) == 0.0
+    assert sft(velocity, x0.bfloat16(), eps.bfloat16(), sigma).dtype == torch.float32

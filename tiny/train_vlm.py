@@ -1,0 +1,176 @@
+"""Stage 2: the VLM learns to see. `python -m tiny.train_vlm` (about 12 minutes on one core).
+
+Four losses, all on pictures of the world and their captions:
+1. text language modelling on captions, so that words get features;
+2. captioning: the assistant's answer to a picture is its caption;
+3. reading: at the features the transformer will get (hidden_states[-2]), one linear head per slot names the concept's words,
+   both on the words themselves and on [V] after *another* picture of the concept (the same object elsewhere, or another
+   object in the same style);
+4. matching: there the normalised features of [V] approach those of the words. So a transformer trained on text can read them.
+Gate: slots on concepts that training never showed.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from files import write_json, write_tensors
+from tiny.stage import Stage, generator
+from tiny.vlm import CONCEPT, WIDTH, Features, build_config, build_tokenizer
+from tiny.world import ATTRIBUTES, COLUMN, Renderer, caption, draw_scenes, words
+from transformers import Qwen3VLForConditionalGeneration
+
+SLOTS = {"object": ("pattern", "main", "second", "shape"), "style": ("line", "texture")}
+
+
+class Reader(nn.Module):
+    """The VLM and one linear head per attribute, which is thrown away afterwards."""
+
+    def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(ATTRIBUTES[name])) for kind in SLOTS.values() for name in kind})
+
+
+def other_view(rows: Tensor, kind: str, g: torch.Generator) -> Tensor:
+    """Scenes with the same concept and everything else drawn anew (a quarter of them are kept as they are)."""
+    fresh = draw_scenes(len(rows), g)
+    shared = [COLUMN[name] for name in SLOTS[kind]]
+    fresh[:, shared] = rows[:, shared]
+    same = torch.rand(len(rows), generator=g) < 0.25
+    return torch.where(same[:, None], rows, fresh)
+
+
+def draw_concepts(count: int, g: torch.Generator, kind: str, held_out: str = "") -> Tensor:
+    """Scenes (count, 9) whose concept can be named: for a style, a scene that has one."""
+    if kind == "object":
+        return draw_scenes(count, g, held_out=held_out)
+    rows = draw_scenes(2 * count, g, styled=1.0, held_out=held_out)
+    return rows[(rows[:, COLUMN["line"]] > 0) | (rows[:, COLUMN["texture"]] > 0)][:count]
+
+
+def initialise(vlm: nn.Module) -> None:
+    """Unit-scale weights: transformers' std 0.02 is made for wide models, a 96 wide vision tower hardly starts from it."""
+    for name, parameter in vlm.named_parameters():
+        if parameter.ndim > 1:
+            fan_in = parameter[0].numel()
+            nn.init.normal_(parameter, std=0.5 if "pos_embed" in name else 0.1 if "embed_tokens" in name else fan_in ** -0.5)
+
+
+def word_positions(ids: Tensor, row_words: list[list[str]], token_of: dict[str, int]) -> Tensor:
+    """(B, slots): where each row's concept words stand in its token ids; a second colour that is not said counts as the first."""
+    found = torch.zeros(len(ids), len(row_words[0]), dtype=torch.long)
+    for i, row in enumerate(row_words):
+        tokens = ids[i].tolist()
+        used = 0
+        for j, word in enumerate(row):
+            repeated = j > 0 and word == row[j - 1]                        # the plain object: "plain red star"
+            found[i, j] = used if repeated else tokens.index(token_of[word], used + 1)
+            used = int(found[i, j])
+    return found
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features at root mean square 1: their raw size grows to hundreds in training."""
+    return F.rms_norm(features, features.shape[-1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
+    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write into")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    tokenizer = build_tokenizer()
+    vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer))
+    vlm.config._attn_implementation = "sdpa"
+    initialise(vlm)
+    model, render, features = Reader(vlm), Renderer(), Features(vlm, tokenizer)
+    first_concept = tokenizer.convert_tokens_to_ids(CONCEPT[0])
+    token_of = {word: tokenizer(f" {word}").input_ids[0] for names in ATTRIBUTES.values() for word in names}
+    stage = Stage(model, options.out, options.steps, adam=2e-3, muon=0.02, ema=0.995,
+                  is_matrix=lambda name: (".layers." in name or ".blocks." in name or ".linear_fc" in name) and name.endswith("weight"))
+
+    def language_loss(last: Tensor, ids: Tensor, lengths: Tensor, prompts: Tensor) -> tuple[Tensor, float]:
+        """Next-token loss and accuracy over the tokens from position `prompts` (B,) to the end of each row."""
+        place = torch.arange(ids.shape[1] - 1)
+        real = (place < lengths[:, None] - 1) & (place >= prompts[:, None] - 1)
+        logits, truth = vlm.lm_head(last[:, :-1][real]), ids[:, 1:][real]
+        return F.cross_entropy(logits, truth), float((logits.argmax(-1) == truth).float().mean())
+
+    def slots(hidden: Tensor, positions: Tensor, rows: Tensor, kind: str) -> tuple[Tensor, Tensor, list[float]]:
+        """Cross-entropy of the slot heads at `positions` (B, slots), the features there, and the accuracy of each slot."""
+        at = unit(hidden.gather(1, positions[..., None].expand(-1, -1, WIDTH)))                        # (B, slots, 128)
+        logits = [model.heads[name](at[:, j]) for j, name in enumerate(SLOTS[kind])]
+        truth = [rows[:, COLUMN[name]] for name in SLOTS[kind]]
+        loss = sum(F.cross_entropy(l, t) for l, t in zip(logits, truth)) / len(truth)
+        return loss, at, [float((l.argmax(-1) == t).float().mean()) for l, t in zip(logits, truth)]
+
+    def losses(kind: str, rows: Tensor, views: Tensor) -> tuple[Tensor, dict[str, float]]:
+        names = SLOTS[kind]
+        said = [[words(row)[name] for name in names] for row in rows]
+        hidden, last, ids, lengths = features([caption(row) for row in rows])
+        text, _ = language_loss(last, ids, lengths, torch.full_like(lengths, 4))             # after "<|im_start|>user\n"
+        read_words, words_at, _ = slots(hidden, word_positions(ids, said, token_of), rows, kind)
+        prompts = [caption(row, concept=kind) for row in rows]
+        hidden, last, ids, lengths = features(prompts, render(views), [caption(view) for view in views])
+        captioning, tokens_right = language_loss(last, ids, lengths, features.batch(prompts, with_image=True)[1])
+        start = (ids == first_concept).long().argmax(1)
+        read_image, image_at, accuracy = slots(hidden, start[:, None] + torch.arange(len(names)), rows, kind)
+        matching = F.mse_loss(image_at, words_at.detach())
+        loss = 0.3 * text + captioning + read_words + 2 * read_image + matching
+        return loss, {"captioning": tokens_right, "matching": matching.item(), **dict(zip(names, accuracy))}
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = generator(options.seed, step)
+        kind = "style" if step % 4 == 3 else "object"
+        rows = draw_concepts(options.batch, g, kind)
+        return losses(kind, rows, other_view(rows, kind, g))
+
+    for step in stage.run(loss_of):
+        live = {n: p.detach().clone() for n, p in stage.names.items()}
+        with torch.no_grad():
+            for name, parameter in stage.names.items():
+                parameter.copy_(stage.average[name])
+            for kind in SLOTS:
+                rows = draw_concepts(256, generator(7, 0), kind, held_out=kind)
+                _, numbers = losses(kind, rows, other_view(rows, kind, generator(7, 1)))
+                print(f"\nstep {step}, held-out {kind}:", json.dumps({k: round(v, 3) for k, v in numbers.items()}))
+            if step < options.steps:
+                for name, parameter in stage.names.items():
+                    parameter.copy_(live[name])
+    export(vlm, tokenizer, options.model)
+
+
+def export(vlm: Qwen3VLForConditionalGeneration, tokenizer, folder: Path) -> None:
+    """Write text_encoder/ (Qwen3ForCausalLM), tokenizer/ and vlm/ (visual tensors only) in the layout of the real checkpoints."""
+    weights = vlm.state_dict()
+    language = {name.replace("model.language_model.", "model."): t for name, t in weights.items() if ".language_model." in name}
+    visual = {name: t for name, t in weights.items() if ".visual." in name}
+    write_tensors(folder / "text_encoder" / "model.safetensors", language, {"format": "pt"})
+    write_tensors(folder / "vlm" / "model.safetensors", visual, {"format": "pt"})
+    text = vlm.config.text_config
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "max_position_embeddings", "rms_norm_eps", "hidden_act")
+    write_json(folder / "text_encoder" / "config.json", {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **{key: getattr(text, key) for key in keys}, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}, "dtype": "float32"})
+    config = vlm.config.to_dict()
+    config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+    write_json(folder / "vlm" / "config.json", config)
+    pixels = 64 * 64
+    write_json(folder / "vlm" / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2,
+        "size": {"shortest_edge": pixels, "longest_edge": pixels}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The autoencoder between pictures and latents: diffusers' AutoencoderKL by hand, with the checkpoint's names.
+
+D-OPSD happens in latent space; this file is only the way in (once per training image) and the way out (to look).
+It runs in float32 always: the checkpoint says force_upcast, and its activations overflow half precision.
+Model space: latents = (z - shift_factor) * scaling_factor, z = mean of the posterior (the official training code samples
+it; we take the mean, so that a picture has one latent and can be cached).
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from files import InputError, load_strictly, read_json, tensors
+
+ENCODER_BLOCK, DECODER_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
+
+
+class ResnetBlock(nn.Module):
+    """Two (GroupNorm, SiLU, 3x3 convolution) and a shortcut. (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """One head over all positions. (B, c, H, W) -> (B, c, H, W)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded on the right and the bottom only. (B, c, H, W) -> (B, c, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a convolution. (B, c, H, W) -> (B, c, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the change to the next one ("downsamplers" / "upsamplers" by name)."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, change: nn.Module | None, name: str) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.change = name if change is not None else ""
+        if change is not None:
+            setattr(self, name, nn.ModuleList([change]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return getattr(self, self.change)[0](x) if self.change else x
+
+
+class Middle(nn.Module):
+    """Residual block, attention (optional in the config), residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2 * latent channels, H/f, W/f): posterior mean and log variance."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config["layers_per_block"], groups,
+                  Downsample(width) if i + 1 < len(widths) else None, "downsamplers")
+            for i, width in enumerate(widths))
+        self.mid_block = Middle(widths[-1], groups, config.get("mid_block_add_attention", True))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """(B, latent channels, h, w) -> (B, 3, h * f, w * f)."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups, config.get("mid_block_add_attention", True))
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config["layers_per_block"] + 1, groups,
+                  Upsample(width) if i + 1 < len(widths) else None, "upsamplers")
+            for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """Pictures <-> latents in model space. `factor` is the side of the square of pixels behind one latent position."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        if config.get("use_quant_conv", True):
+            self.quant_conv = nn.Conv2d(2 * config["latent_channels"], 2 * config["latent_channels"], 1)
+        if config.get("use_post_quant_conv", True):
+            self.post_quant_conv = nn.Conv2d(config["latent_channels"], config["latent_channels"], 1)
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        self.channels = config["latent_channels"]
+        self.scale = config["scaling_factor"]
+        self.shift = config.get("shift_factor") or 0.0                      # null in the configs of older autoencoders
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, 3, H, W) in [-1, 1], H and W divisible by `factor` -> mean, log variance, each (B, c, H/f, W/f)."""
+        moments = self.encoder(image)
+        if hasattr(self, "quant_conv"):
+            moments = self.quant_conv(moments)
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Raw latents (B, c, h, w), before the normalisation of model space -> (B, 3, h * f, w * f), unclamped."""
+        return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) float32 in [-1, 1] -> latents in model space (B, c, H/f, W/f) float32."""
+        return (self.posterior(image.float())[0] - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents in model space (B, c, h, w) -> image (B, 3, h * f, w * f) float32, clamped to [-1, 1]."""
+        return self.reconstruct(latents.float() / self.scale + self.shift).clamp(-1, 1)
+
+
+def load(folder: Path, device: torch.device | str) -> Autoencoder:
+    """The frozen autoencoder of a checkpoint folder, float32 on `device`. Raises InputError."""
+    path = Path(folder) / "vae"
+    config = read_json(path / "config.json", "block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
+                       "scaling_factor", "in_channels", "out_channels")
+    for key, only in (("down_block_types", ENCODER_BLOCK), ("up_block_types", DECODER_BLOCK)):
+        if any(kind != only for kind in config.get(key, [])):
+            raise InputError(f"{path / 'config.json'}: {key} {config[key]} is not supported; use an AutoencoderKL of {only} only")
+    with torch.device("meta"):
+        vae = Autoencoder(config)
+    load_strictly(vae, tensors(path), path, device, torch.float32)
+    return vae.eval()
