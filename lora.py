@@ -1,9 +1,9 @@
 """LoRA on named Linear layers, the EMA teacher, and adapter files that other tools load.
 
-D-OPSD (arXiv 2605.05204), method with LoRA: student theta and teacher thetabar are two adapters of the same shape on one
-frozen base. An adapter is a set of plain float32 tensors that travels as an argument down to `linear`, the only place
-where it meets a layer; no layer is wrapped and nothing is switched on or off. With gradient checkpointing this keeps
-gradients right: the backward pass recomputes each block with the tensors that the forward pass was given.
+D-OPSD (arXiv 2605.05204), method with LoRA: student theta and teacher thetabar are two adapters of the same shape on
+one frozen base. An adapter is a set of plain float32 tensors that travels as an argument down to `linear`, the only
+place where it meets a layer; no layer is wrapped and nothing is switched on or off. With gradient checkpointing this
+keeps gradients right: the backward pass recomputes each block with the tensors that the forward pass was given.
 
 Differs from the official code:
 1. Adapters are arguments instead of PEFT's active-adapter state.

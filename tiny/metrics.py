@@ -35,6 +35,8 @@ class Reader:
         self.arrangements[:, [COLUMN[name] for name in ARRANGEMENT]] = combinations
         self.weights = torch.cat([self.render.regions(rows) for rows in self.arrangements.split(256)]).flatten(2)  # (T, 4, pixels)
         self.gram = einsum(self.weights, self.weights, "t r p, t s p -> t r s")
+        self.inverse = torch.linalg.inv(self.gram + 1e-4 * torch.eye(4))                                # ridge: regions can be empty
+        self.patterned = self.arrangements[:, COLUMN["pattern"]] > 0
         self.palettes = [self.render.backdrops + 1, self.render.colours + 1, self.render.colours + 1, self.render.lines[1:] + 1]
 
     @torch.no_grad()
@@ -47,13 +49,13 @@ class Reader:
         n, pixels = len(light), light.shape[2]
         against = (rearrange(light, "n c p -> (n c) p") @ rearrange(self.weights, "t r p -> p (t r)"))
         against = rearrange(against, "(n c) (t r) -> n t r c", n=n, r=4)                              # <w_r, picture>
-        ridge = self.gram + 1e-4 * torch.eye(4)                                                       # empty regions
-        fitted = torch.linalg.solve(ridge.expand(n, -1, -1, -1), against)                             # (n, T, 4, 3)
+        fitted = einsum(self.inverse, against, "t r s, n t s c -> n t r c")
         index = torch.stack([torch.cdist(fitted[:, :, r].contiguous(), palette).argmin(-1)
                              for r, palette in enumerate(self.palettes)], -1)                         # (n, T, 4)
         colours = torch.stack([palette[index[..., r]] for r, palette in enumerate(self.palettes)], 2)
         error = (light.square().sum((1, 2))[:, None] - 2 * (colours * against).sum((2, 3))
-                 + einsum(colours, self.gram, colours, "n t r c, t r s, n t s c -> n t"))
+                 + einsum(colours, self.gram, colours, "n t r c, t r s, n t s c -> n t"))                              # (n, T)
+        error = torch.where(self.patterned & (index[..., 1] == index[..., 2]), torch.inf, error)      # one colour is "plain"
         best = error.argmin(1)
         colour = index[torch.arange(n), best]                                                         # (n, 4)
         rows = self.arrangements[best].clone()

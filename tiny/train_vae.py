@@ -65,6 +65,7 @@ def main() -> None:
         print(f"\nstep {step}: {psnr(decoded, held_out):.2f} dB on 64 held-out pictures")
         grid(torch.cat([held_out[:12], decoded[:12]]), 12).save(options.out / "pictures.png")
 
+    vae = stage.averaged()
     latents = vae.encode(render(draw_scenes(2048, generator(2, 0))))
     config = {**CONFIG, "scaling_factor": round(1 / float(latents.std()), 4), "shift_factor": round(float(latents.mean()), 4)}
     print("std of each channel:", [round(float(s), 2) for s in latents.std((0, 2, 3)) * config["scaling_factor"]])

@@ -79,7 +79,7 @@ class Features:
         return torch.tensor([row + (padding,) * (int(lengths.max()) - len(row)) for row in rows]), lengths
 
     def __call__(self, prompts: list[str], pictures: Tensor | None = None, answers: list[str] | None = None):
-        """-> (hidden_states[-2] (B, L, 128), last hidden states (B, L, 128), ids (B, L), lengths (B,)).
+        """-> (all hidden states, each (B, L, 128), ids (B, L), lengths (B,)); the transformer reads hidden_states[-2].
 
         answers: what the assistant says after each prompt (only for the language modelling loss).
         """
@@ -90,10 +90,10 @@ class Features:
             inputs |= {"pixel_values": patches(pictures), "image_grid_thw": torch.tensor([[1, side, side]] * len(prompts)),
                        "mm_token_type_ids": (ids == self.image_token).long()}
         out = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
-        return out.hidden_states[-2], out.last_hidden_state, ids, lengths
+        return out.hidden_states, ids, lengths
 
     def contexts(self, prompts: list[str], pictures: Tensor | None = None) -> list[Tensor]:
         """What the transformer reads: one (L_i, 128) per prompt, without padding."""
         with torch.no_grad():
-            features, _, _, lengths = self(prompts, pictures)
-        return [f[:n] for f, n in zip(features, lengths.tolist())]
+            states, _, lengths = self(prompts, pictures)
+        return [f[:n] for f, n in zip(states[-2], lengths.tolist())]
