@@ -1,13 +1,14 @@
 """Stage 2: the VLM learns to see. `torchrun --nproc-per-node 2 -m tiny.train_vlm`.
 
-Five losses, all on pictures of the world and their captions:
+First the vision tower alone (cheap): all nine attributes of a picture from the mean of its tokens. Then everything, with five
+losses on pictures of the world and their captions:
 1. text language modelling on captions, so that words get features;
 2. captioning: the assistant's answer to a picture is its caption;
 3. reading: at the features the transformer will get (hidden_states[-2]), one linear head per slot names the concept's words,
    both on the words themselves and on [V] after *another* picture of the concept (the same object elsewhere, or another
    object in the same style);
 4. matching: there the normalised features of [V] approach those of the words. So a transformer trained on text can read them;
-5. glancing: all nine attributes from the mean of the vision tower's tokens. Without it shapes take several times as long.
+5. glancing: the first stage's loss goes on. Without it shapes take several times as long.
 Gate: slots on concepts that training never showed.
 """
 import argparse
@@ -20,11 +21,16 @@ from torch import Tensor, nn
 
 from files import write_json, write_tensors
 from tiny.stage import Stage, generator
-from tiny.vlm import CONCEPT, WIDTH, Features, build_config, build_tokenizer
-from tiny.world import ATTRIBUTES, COLUMN, Renderer, caption, draw_scenes, words
+from tiny.vlm import CONCEPT, PATCH, WIDTH, Features, build_config, build_tokenizer, patches
+from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, words
 from transformers import Qwen3VLForConditionalGeneration
 
 SLOTS = {"object": ("pattern", "main", "second", "shape"), "style": ("line", "texture")}
+
+
+def is_matrix(name: str) -> bool:
+    """Weights that Muon trains: all matrices of the blocks and of the mergers."""
+    return any(part in name for part in ("layers.", "blocks.", "linear_fc")) and name.endswith("weight")
 
 
 class Reader(nn.Module):
@@ -62,6 +68,30 @@ def initialise(vlm: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.5 if "pos_embed" in name else 0.1 if "embed_tokens" in name else fan_in ** -0.5)
 
 
+def glance(reader: Reader, tokens: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """Loss of all attributes read from the mean of image tokens (B, n, 128), and the accuracy of the shape."""
+    seen = unit(tokens.mean(1))                                                                        # (B, 128)
+    logits = {name: head(seen) for name, head in reader.glances.items()}
+    loss = sum(F.cross_entropy(l, rows[:, COLUMN[name]]) for name, l in logits.items()) / len(logits)
+    return loss, float((logits["shape"].argmax(-1) == rows[:, COLUMN["shape"]]).float().mean())
+
+
+def train_vision(reader: Reader, render: Renderer, out: Path, steps: int, batch: int, seed: int) -> None:
+    """The vision tower and the glance heads, alone."""
+    tower = nn.ModuleDict({"visual": reader.vlm.model.visual, "glances": reader.glances})
+    stage = Stage(tower, out, steps, adam=2e-3, muon=0.02, is_matrix=is_matrix)
+    cells = torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]] * batch)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rows = draw_scenes(batch, generator(seed + 1, step * stage.processes + stage.rank), styled=0.5)
+        tokens = reader.vlm.model.visual(patches(render(rows)), grid_thw=cells).pooler_output
+        loss, shape = glance(reader, tokens.view(batch, -1, WIDTH), rows)
+        return loss, {"shape seen": shape}
+
+    for step in stage.run(loss_of):
+        print(f"\nvision step {step}")
+
+
 def word_positions(ids: Tensor, row_words: list[list[str]], token_of: dict[str, int]) -> Tensor:
     """(B, slots): where each row's concept words stand in its token ids; a second colour that is not said counts as the first."""
     found = torch.zeros(len(ids), len(row_words[0]), dtype=torch.long)
@@ -84,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write into")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--vision-steps", type=int, default=800, help="of the vision tower alone, with 4 times the batch")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -97,8 +128,8 @@ def main() -> None:
     model, render, features = Reader(vlm), Renderer(), Features(vlm, tokenizer)
     first_concept = tokenizer.convert_tokens_to_ids(CONCEPT[0])
     token_of = {word: tokenizer(f" {word}").input_ids[0] for names in ATTRIBUTES.values() for word in names}
-    stage = Stage(model, options.out, options.steps, adam=2e-3, muon=0.02, ema=0.995,
-                  is_matrix=lambda name: (".layers." in name or ".blocks." in name or ".linear_fc" in name) and name.endswith("weight"))
+    train_vision(model, render, options.out / "vision", options.vision_steps, 4 * options.batch, options.seed)
+    stage = Stage(model, options.out, options.steps, adam=2e-3, muon=0.02, ema=0.995, is_matrix=is_matrix)
 
     def language_loss(last: Tensor, ids: Tensor, lengths: Tensor, prompts: Tensor) -> tuple[Tensor, float]:
         """Next-token loss and accuracy over the tokens from position `prompts` (B,) to the end of each row."""
@@ -127,11 +158,8 @@ def main() -> None:
         start = (ids == first_concept).long().argmax(1)
         read_image, image_at, accuracy = slots(states[-2], start[:, None] + torch.arange(len(names)), rows, kind)
         matching = F.mse_loss(image_at, words_at.detach())
-        seen = unit(states[0][ids == features.image_token].view(len(rows), -1, WIDTH).mean(1))                 # (B, 128)
-        logits = {name: head(seen) for name, head in model.glances.items()}
-        glance = sum(F.cross_entropy(l, views[:, COLUMN[name]]) for name, l in logits.items()) / len(logits)
-        shape_seen = float((logits["shape"].argmax(-1) == views[:, COLUMN["shape"]]).float().mean())
-        loss = 0.3 * text + captioning + read_words + 2 * read_image + matching + 2 * glance
+        seen, shape_seen = glance(model, states[0][ids == features.image_token].view(len(rows), -1, WIDTH), views)
+        loss = 0.3 * text + captioning + read_words + 2 * read_image + matching + 2 * seen
         return loss, {"captioning": tokens_right, "matching": matching.item(), "shape seen": shape_seen, **dict(zip(names, accuracy))}
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:

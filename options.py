@@ -1,0 +1,125 @@
+"""What a run can be told: dataclass -> command line, defaults by checkpoint, one-line errors.
+
+`Recipe` holds the values that belong to a checkpoint rather than to a user. A flag left out takes its recipe's value.
+"""
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from files import InputError, read_json
+
+ROOT = Path(__file__).resolve().parent
+EMBEDDED = str(ROOT / "tiny" / "model")  # the default of --model: works from any folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults that fit one family of checkpoints."""
+    name: str
+    size: int                               # side of the square training picture, pixels
+    inference_steps: int                    # solver steps of the sampler that the checkpoint was distilled for
+    rollout_steps: int                      # K: solver steps of the student's rollout (Eq. 3)
+    steps: int                              # optimizer steps
+    lr: float
+    rank: int
+    alpha: float
+    ema: float                              # m of thetabar <- m thetabar + (1 - m) theta
+    loss: str
+    batch_size: int
+    accumulate: int
+    checkpointing: bool
+    save_every: int
+    sample_every: int
+    vlm: str                                # of the teacher's context; a name without "/" is a folder of the checkpoint
+    image_pixels: tuple[int, int] | None    # fewest and most pixels that the teacher's picture is resized to
+    unrelated: str                          # panel prompt that has nothing to do with the data
+
+
+# Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
+TURBO = Recipe("Z-Image-Turbo (official values)", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4, rank=64, alpha=128,
+               ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True, save_every=100, sample_every=100,
+               vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
+               unrelated="a red bicycle leaning against a white brick wall, morning light")
+# Small models: far fewer steps, so a faster EMA; on its own pictures and captions the embedded model needs no more.
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=80, lr=1e-3, rank=16, alpha=16,
+               ema=0.99, loss="v", batch_size=4, accumulate=1, checkpointing=False, save_every=40, sample_every=20,
+               vlm="vlm", image_pixels=None, unrelated="a big striped yellow and blue circle on the left on wine")
+TURBO_WIDTH = 3840
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a checkpoint folder, chosen by the width of its transformer. Raises InputError."""
+    config = read_json(Path(folder) / "transformer" / "config.json", "dim")
+    return TURBO if config["dim"] >= TURBO_WIDTH else SMALL
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def option(default, text: str, **extra):
+    """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **extra})
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+def parse(options: type, argv: list[str] | None, description: str):
+    """An instance of the dataclass `options` from command line words: field `batch_size` is `--batch-size`.
+
+    bool fields are switches, list fields repeatable flags, fields without a default required.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(options):
+        extra = {key: value for key, value in field.metadata.items()}
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        flag, kind = "--" + field.name.replace("_", "-"), _plain_type(field.type)
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if field.default is None else "store_true"
+            parser.add_argument(flag, action=action, default=field.default, **extra)
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(flag, action="append", default=[], metavar="TEXT", **extra)
+        else:
+            parser.add_argument(flag, type=kind, required=required, default=None if required else field.default, **extra)
+    return options(**vars(parser.parse_args(argv)))
+
+
+def _plain_type(annotation):
+    """`float | None` -> float."""
+    if isinstance(annotation, types.UnionType):
+        return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """"auto" is CUDA when there is one, and bfloat16 there, else CPU and float32. Raises InputError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {device}: not available here; use cpu, or a torch build for this device") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if found.type == "cuda" else "float32"
+    return found, getattr(torch, dtype)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a program: InputError becomes one line and exit status 2, Ctrl-C status 130, no tracebacks for either."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: CUDA out of memory ({str(error).split('. ')[0]}); lower --batch-size, --size or --rank, "
+              "raise --accumulate instead, or set --checkpointing", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
