@@ -30,10 +30,12 @@ def checkpoint(name: str, marker: str, patterns: list[str] | None = None) -> Pat
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / marker).is_file():
-            raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in diffusers/transformers layout")
+            raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in diffusers/transformers "
+                             "layout")
         return folder
     if not looks_like_hub_id(name):
-        raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as Tongyi-MAI/Z-Image-Turbo")
+        raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as "
+                         "Tongyi-MAI/Z-Image-Turbo")
     from huggingface_hub import snapshot_download  # imported here: local folders need no hub client
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -54,7 +56,8 @@ def read_json(path: Path, *needed: str) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the checkpoint folder is incomplete, copy or download it again") from None
+        raise InputError(f"{path}: no such file; the checkpoint folder is incomplete, "
+                         "copy or download it again") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
@@ -87,7 +90,8 @@ def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
         if names:
             found[path] = names
     if not found:
-        raise InputError(f"{folder}: no .safetensors weights here; download the folder again")
+        what = f"tensors {prefix}* in .safetensors files" if prefix else ".safetensors weights"
+        raise InputError(f"{folder}: no {what} here; download the folder again")
     return found
 
 
@@ -160,9 +164,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
-        raise InputError(f"{path}: could not be written ({error.strerror}); {remedy}, the previous file is unchanged") from None
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "choose a folder you can write to"
+        raise InputError(f"{path}: could not be written ({error.strerror}); {remedy}, the previous file is "
+                         "unchanged") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -172,4 +179,5 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_tensors(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, atomically."""
-    write_bytes(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata))
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_bytes(path, to_bytes(on_cpu, metadata))

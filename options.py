@@ -63,6 +63,8 @@ def recipe_of(folder: Path) -> Recipe:
 # ---------------------------------------------------------------------------------------------------- command line
 def option(default, text: str, **extra):
     """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata={"help": text, **extra})
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **extra})
     return dataclasses.field(default=default, metadata={"help": text, **extra})

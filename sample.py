@@ -71,15 +71,21 @@ def draw(model: transformer.ZImageTransformer, contexts: list[Tensor], noise: Te
     return torch.cat(latents)
 
 
-def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of a picture; from configs alone. Raises InputError on odd sizes."""
-    config = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels")
+def pixels_per_patch(folder: Path) -> int:
+    """What a picture's sides must be divisible by: VAE factor times patch size; from configs alone."""
+    widths = read_json(folder / "vae" / "config.json", "block_out_channels")["block_out_channels"]
     patch = read_json(folder / "transformer" / "config.json", "all_patch_size")["all_patch_size"][0]
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(widths) - 1) * patch
+
+
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of a picture. Raises InputError on sides that are not divisible."""
+    config, multiple = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels"), pixels_per_patch(folder)
     for name, side in (("--height", height), ("--width", width)):
-        if side < 1 or side % (factor * patch):
-            raise InputError(f"{name} {side}: not a positive multiple of {factor * patch}, which this model needs; "
-                             f"try {max(1, round(side / (factor * patch))) * factor * patch}")
+        if side < 1 or side % multiple:
+            raise InputError(f"{name} {side}: not a positive multiple of {multiple}, which this model needs; "
+                             f"try {max(1, round(side / multiple)) * multiple}")
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
     return config["latent_channels"], height // factor, width // factor
 
 

@@ -39,9 +39,9 @@ import loss as objectives
 import model as transformer
 import vae as autoencoder
 from files import InputError, checkpoint, read_json
-from options import EMBEDDED, ROOT, Recipe, device_and_dtype, option, parse, recipe_of, run
+from options import EMBEDDED, ROOT, Recipe, device_and_dtype, option, parse, recipe_of, run as run_program
 from rollout import rollout, scheduler_shift, sigma_grid
-from sample import default_vlm, draw, latent_shape, panel, save_png, starting_noise, to_image
+from sample import default_vlm, draw, latent_shape, panel, pixels_per_patch, save_png, starting_noise, to_image
 
 
 @dataclass
@@ -132,21 +132,19 @@ class Features:
 
     def __init__(self, cfg: Options, folder: Path, recipe: Recipe, out: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = data.read_folder(cfg.data)
-        latent_shape(folder, cfg.size, cfg.size)                                    # says so if --size cannot work
-        multiple = cfg.size // latent_shape(folder, cfg.size, cfg.size)[1]
-        multiple *= read_json(folder / "transformer" / "config.json", "all_patch_size")["all_patch_size"][0]
+        multiple = pixels_per_patch(folder)
         self.vlm = default_vlm(folder, recipe, cfg.vlm) if cfg.method == "dopsd" else None
         open_run(cfg, out)
         cache = Path(cfg.cache) if cfg.cache else out / "cache"
         found = encoder.find_vlm(self.vlm) if self.vlm else None
         key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"), data.model_key(found) if found else "-",
                         str(dtype), cfg.teacher_rope, str(recipe.image_pixels)])
-        prompts = self.panel_rows(cfg, recipe)
+        prompts, shapes = self.panel_rows(cfg, recipe), data.bucket_shapes(cfg.size, multiple)
         panel_file = cache / f"panel-{hashlib.sha256(f'{key}{prompts}'.encode()).hexdigest()[:40]}.safetensors"
 
         def load_encoder() -> encoder.Encoder:
             reader = encoder.load(folder, device, dtype, found, recipe.image_pixels, cfg.teacher_rope)
-            self.encode_panel(reader, prompts, panel_file)                          # while it is in memory
+            self.encode_panel(reader, prompts, shapes, panel_file)                          # while it is in memory
             return reader
 
         examples = data.prepare(self.rows, cfg.size, multiple, cache, key, lambda: autoencoder.load(folder, device),
@@ -167,12 +165,222 @@ class Features:
         pairs = [(self.rows[i].captions[0], i) for i in range(min(2, len(self.rows)))]
         return pairs + [(prompt, 0) for prompt in cfg.panel_prompt] + [(recipe.unrelated, None)]
 
-    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
+    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], shapes: list[data.Shape], path: Path) -> None:
+        """Contexts of the panel's prompts, "student.i" and "teacher.i", into a file."""
         contexts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
+        shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
         if self.vlm:
-            shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
-            shapes = data.bucket_shapes
-            pictures = [data.open_image(row.image) for _, _, row in shown]
-            features = reader.image_text_context([prompt for _, prompt, _ in shown], pictures)
+            crops = [data.crop(data.open_image(row.image), data.nearest_shape(row.size, shapes)) for _, _, row in shown]
+            features = reader.image_text_context([prompt for _, prompt, _ in shown], crops)
             contexts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, features)}
-        files.write_tensors(path, contexts)
+        files.write_tensors(path, {name: c.cpu().clone() for name, c in contexts.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+class Run:
+    """Student, teacher, optimizer and their files: what one optimizer step changes, and nothing else."""
+
+    def __init__(self, cfg: Options, out: Path, model: transformer.ZImageTransformer) -> None:
+        self.cfg, self.out, self.step = cfg, out, 0
+        self.student = lora.create(model, cfg.rank, cfg.alpha, cfg.seed)
+        self.teacher = lora.copy(self.student)                                      # theta_bar starts as theta
+        self.parameters = self.student.tensors()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def save(self) -> None:
+        """The adapters for other programs, and one file from which `load` continues; each is written whole or not at all."""
+        state = {f"student.{n}": t for n, t in self.parameters.items()} | {f"teacher.{n}": t for n, t in self.teacher.tensors().items()}
+        for name, parameter in self.parameters.items():
+            state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
+        lora.save(self.student, self.out / "student.safetensors", facts)
+        if self.cfg.method == "dopsd":
+            lora.save(self.teacher, self.out / "teacher.safetensors", facts)
+        files.write_tensors(self.out / STATE, state, {"step": str(self.step)})
+
+    def load(self) -> None:
+        """Continue from the state file. Raises InputError when it does not belong to these options."""
+        path = self.out / STATE
+        with files.open_safetensors(path) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            self.step = int((file.metadata() or {}).get("step", 0))
+        for adapter, side in ((self.student, "student."), (self.teacher, "teacher.")):
+            adapter.load_tensors({n.removeprefix(side): t for n, t in state.items() if n.startswith(side)})
+        for name, parameter in self.parameters.items():
+            prefix = f"adam.{name}."
+            moments = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            self.optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in moments.items()}
+
+
+def dopsd_step(cfg: Options, model: transformer.ZImageTransformer, run: Run, batch: data.Batch, sigmas: Tensor, number: int) -> float:
+    """Accumulate the gradient of Eq. 7 for one batch; returns the loss."""
+    device = run.student.parameters()[0].device
+    student_context = [c.to(device) for c in batch.student_context]                 # c_s = f_text(y), Eq. 4
+    teacher_context = [c.to(device) for c in batch.teacher_context]                 # c_t = f_mm(y, x0), Eq. 4
+    x = torch.randn(batch.latents.shape, generator=data.generator(cfg.seed, "noise", number)).to(device)   # x at sigma = 1
+    total = 0.0
+
+    def student(x: Tensor, sigma: float) -> Tensor:
+        return model.velocity(x, sigma, student_context, run.student)
+
+    for point in rollout(student, x, sigmas):                                       # Eq. 3: the student's own states
+        with torch.no_grad():                                                       # Eq. 6: the teacher at the same state
+            v_teacher = model.velocity(point.x, point.sigma, teacher_context, run.teacher)
+        loss = objectives.dopsd(point, v_teacher, cfg.loss) / (len(sigmas) - 1)     # Eq. 7: mean over the K states
+        (loss / cfg.accumulate).backward()                                          # states are detached: one graph at a time
+        total += loss.item()
+    return total
+
+
+def sft_step(cfg: Options, model: transformer.ZImageTransformer, run: Run, batch: data.Batch, shift: float, number: int) -> float:
+    """Accumulate the gradient of vanilla fine-tuning for one batch; returns the loss."""
+    device = run.student.parameters()[0].device
+    rng = data.generator(cfg.seed, "noise", number)
+    eps = torch.randn(batch.latents.shape, generator=rng).to(device)
+    sigma = objectives.draw_sigma(rng, shift, len(eps)).to(device)
+    context = [c.to(device) for c in batch.student_context]
+    loss = objectives.sft(lambda x, s: model.velocity(x, s, context, run.student), batch.latents.to(device), eps, sigma)
+    (loss / cfg.accumulate).backward()
+    return loss.item()
+
+
+def train(cfg: Options, model: transformer.ZImageTransformer, run: Run, features: Features, panels: "Panels", scheduler: dict) -> int:
+    """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
+    sigmas, shift = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler)
+    stop = Interrupt()
+    if run.step == 0:
+        panels.draw(run)                                                            # can the teacher draw the concept at all?
+    bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
+    for step in bar:
+        started, total = time.time(), 0.0
+        run.optimizer.zero_grad(set_to_none=True)
+        for number in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
+            batch = features.dataset.batch(number)
+            if cfg.method == "dopsd":
+                total += dopsd_step(cfg, model, run, batch, sigmas, number) / cfg.accumulate
+            else:
+                total += sft_step(cfg, model, run, batch, shift, number) / cfg.accumulate
+        norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            run.save()                                                              # nothing was updated: still the last good state
+            raise InputError(f"step {step + 1}: loss {total}, gradient norm {norm}; the state before it is saved in {run.out}; "
+                             "try a smaller --lr, or --dtype float32")
+        run.optimizer.step()
+        lora.ema_(run.teacher, run.student, cfg.ema)                                # theta_bar <- m theta_bar + (1 - m) theta
+        run.step = step + 1
+        numbers = {"step": run.step, "loss": total, "gradient_norm": norm, "seconds": round(time.time() - started, 3),
+                   "peak_memory_gb": round(peak_memory_gb(), 2)}
+        append_line(run.out / "metrics.jsonl", numbers)
+        bar.set_postfix_str(f"loss {total:.4f}, grad {norm:.3f}, {numbers['seconds']:.2f} s/step, {numbers['peak_memory_gb']} GB")
+        done = run.step == cfg.steps or stop.asked
+        if done or run.step % cfg.save_every == 0:
+            run.save()
+        if stop.asked:
+            print(f"interrupted: step {run.step} is saved in {run.out}; continue with --resume", file=sys.stderr)
+            return 130
+        if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
+            panels.draw(run)
+    return 0
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop after the step under way, so that what is saved is a whole step; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        try:
+            signal.signal(signal.SIGINT, self.handle)
+        except ValueError:                                                          # not in the main thread, e.g. under a test
+            pass
+
+    def handle(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def peak_memory_gb() -> float:
+    """Largest memory so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource                                                             # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
+
+
+def append_line(path: Path, numbers: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(numbers) + "\n")
+
+
+def forget_lines_after(path: Path, step: int) -> None:
+    """Drop the metrics of steps that a resumed run will do again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        files.write_bytes(path, "".join(line + "\n" for line in lines).encode())
+
+
+class Panels:
+    """samples/step_N.png: rows = prompts; columns = target, base, student, teacher; the same noise in every cell and panel."""
+
+    def __init__(self, cfg: Options, folder: Path, model: transformer.ZImageTransformer, features: Features, sigmas: Tensor) -> None:
+        self.cfg, self.folder, self.model, self.features, self.sigmas = cfg, folder, model, features, sigmas
+        target = next(image for image in features.targets if image is not None)
+        self.noise = starting_noise(cfg.seed, *latent_shape(folder, target.height, target.width))
+        self.base: list[Tensor] = []
+
+    def draw(self, run: Run) -> None:
+        if not self.cfg.sample_every:
+            return
+        device = run.student.parameters()[0].device
+        vae = autoencoder.load(self.folder, device)                                 # small, and not needed between panels
+
+        def pictures(contexts: list[Tensor], adapter: lora.Adapter | None):
+            return [to_image(vae.decode(z[None])[0]) for z in draw(self.model, contexts, self.noise, self.sigmas, adapter)]
+
+        self.base = self.base or pictures(self.features.student, None)
+        columns = {"target": self.features.targets, "base": self.base, "student": pictures(self.features.student, run.student)}
+        if self.cfg.method == "dopsd":
+            columns["teacher (sees the target)"] = pictures(self.features.teacher, run.teacher)
+        note = f"step {run.step} of {self.cfg.steps}, {len(self.sigmas) - 1} solver steps, seed {self.cfg.seed}"
+        save_png(panel(columns, self.features.prompts, note), run.out / "samples" / f"step_{run.step:06d}.png",
+                 {"prompt": "\n".join(self.features.prompts), "seed": self.cfg.seed, "steps": len(self.sigmas) - 1})
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = parse(Options, argv, "D-OPSD: on-policy self-distillation of a step-distilled diffusion model from a few images.")
+    device, dtype = device_and_dtype(cfg.device, cfg.dtype)
+    folder = checkpoint(cfg.model, "model_index.json")
+    recipe = recipe_of(folder)
+    cfg = fill(cfg, recipe)
+    out = Path(cfg.out or Path("out") / Path(cfg.data).resolve().stem)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    sigmas = sigma_grid(scheduler, recipe.inference_steps)
+
+    features = Features(cfg, folder, recipe, out, device, dtype)                    # loads and frees VAE and encoders
+    model = transformer.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
+    run = Run(cfg, out, model)
+    if cfg.resume:
+        run.load()
+        forget_lines_after(out / "metrics.jsonl", run.step)
+    files.write_json(out / "config.json", describe(cfg, recipe))
+    print_summary(cfg, recipe, folder, run, features, device, dtype)
+    return train(cfg, model, run, features, Panels(cfg, folder, model, features, sigmas), scheduler)
+
+
+def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, features: Features, device: torch.device, dtype: torch.dtype) -> None:
+    trained = sum(t.numel() for t in run.parameters.values())
+    buckets = ", ".join(f"{count} of {w}x{h}" for (h, w), count in features.dataset.buckets.items())
+    print(f"model     {folder} on {device}, {dtype}".replace("torch.", ""))
+    print(f"recipe    {recipe.name}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in
+          ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")))
+    print(f"trained   {trained:,} LoRA parameters in {len(run.student.weights)} layers")
+    print(f"images    {len(features.examples)}: {buckets}")
+    print(f"steps     {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

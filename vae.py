@@ -2,8 +2,8 @@
 
 D-OPSD happens in latent space; this file is only the way in (once per training image) and the way out (to look).
 It runs in float32 always: the checkpoint says force_upcast, and its activations overflow half precision.
-Model space: latents = (z - shift_factor) * scaling_factor, z = mean of the posterior (the official training code samples
-it; we take the mean, so that a picture has one latent and can be cached).
+Model space: latents = (z - shift_factor) * scaling_factor, z = mean of the posterior (not a sample of it, so that a
+picture has one latent and can be cached).
 """
 from pathlib import Path
 
@@ -186,11 +186,12 @@ class Autoencoder(nn.Module):
 def load(folder: Path, device: torch.device | str) -> Autoencoder:
     """The frozen autoencoder of a checkpoint folder, float32 on `device`. Raises InputError."""
     path = Path(folder) / "vae"
-    config = read_json(path / "config.json", "block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
-                       "scaling_factor", "in_channels", "out_channels")
+    config = read_json(path / "config.json", "block_out_channels", "latent_channels", "layers_per_block",
+                       "norm_num_groups", "scaling_factor", "in_channels", "out_channels")
     for key, only in (("down_block_types", ENCODER_BLOCK), ("up_block_types", DECODER_BLOCK)):
         if any(kind != only for kind in config.get(key, [])):
-            raise InputError(f"{path / 'config.json'}: {key} {config[key]} is not supported; use an AutoencoderKL of {only} only")
+            raise InputError(f"{path / 'config.json'}: {key} {config[key]} is not supported; "
+                             f"use an AutoencoderKL of {only} only")
     with torch.device("meta"):
         vae = Autoencoder(config)
     load_strictly(vae, tensors(path), path, device, torch.float32)

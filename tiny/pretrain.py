@@ -44,10 +44,10 @@ def load_features(folder: Path) -> Features:
 
 
 class Pool:
-    """Many scenes with their latents, encoded once: (N, 9) and (N, 8, 16, 16)."""
+    """Many scenes with their latents, encoded once: (N, 9) and (N, 8, 16, 16); each process has its own."""
 
     def __init__(self, vae: autoencoder.Autoencoder, render: Renderer, kind: str, count: int, seed: int, rank: int) -> None:
-        g = generator(seed, 77)
+        g = generator(seed, 77 + rank)
         self.rows = draw_concepts(count, g, "style") if kind == "style" else draw_scenes(count, g)
         chunks = tqdm(self.rows.split(64), desc=f"encode {kind} pictures", disable=rank > 0, mininterval=5)
         self.latents = torch.cat([vae.encode(render(rows)) for rows in chunks])
@@ -77,6 +77,11 @@ class Contexts:
         named = torch.rand(len(rows), generator=g) < 0.15                       # the words are told as well
         prompts = [caption(row, random_tell(g), concept="" if told else kind) for row, told in zip(rows, named.tolist())]
         return self.features.contexts(prompts, self.render(views))
+
+
+def is_matrix(name: str) -> bool:
+    """Weights that Muon trains: attention and feed-forward of all blocks."""
+    return ".attention.to_" in name or ".feed_forward." in name
 
 
 def draw_sigma(count: int, g: torch.Generator) -> Tensor:
@@ -120,8 +125,9 @@ def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Feat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/pretrain"), help="folder of the state and the log")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...")
+    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"), help="folder to write transformer/ into")
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
     parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -131,13 +137,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     render, features = Renderer(), load_features(options.model)
     vae = autoencoder.load(options.model, "cpu")
-    ordinary = Pool(vae, render, "ordinary", options.pool, options.seed, rank)
-    styled = Pool(vae, render, "style", options.pool // 8, options.seed, rank)
+    ordinary = Pool(vae, render, "ordinary", options.pool // processes, options.seed, rank)
+    styled = Pool(vae, render, "style", options.pool // 8 // processes, options.seed, rank)
     contexts = Contexts(features, render)
     model = ZImageTransformer(CONFIG)
-    stage = Stage(model, options.out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200,
-                  is_matrix=lambda name: name.split(".")[0] in ("layers", "noise_refiner", "context_refiner") and "adaLN" not in name
-                  and name.endswith("weight"))
+    stage = Stage(model, options.out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=is_matrix)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * processes + rank)
@@ -159,8 +163,8 @@ def main() -> None:
         model_average = stage.averaged()
         numbers = check(model_average, vae, features, render, options.out / f"samples_{step:06d}.png")
         print(f"\nstep {step}, velocity error at sigma .85:", {k: round(v, 4) for k, v in numbers.items()})
-        write_json(options.model / "transformer" / "config.json", CONFIG)
-        write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", model_average.state_dict(), {"format": "pt"})
+        write_json(options.base / "transformer" / "config.json", CONFIG)
+        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors", model_average.state_dict(), {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill`
+
+The pre-trained model walks the sampler in 8 steps with classifier-free guidance 2 (16 forward passes). The student, a copy of
+it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own grid, the
+*average* velocity with which the teacher crossed it, (x_k+1 - x_k) / (sigma_k+1 - sigma_k). Text and image contexts alike, in
+the mixture of stage 3. In the second half of the training the states x_k are those of the student's own trajectory, and the
+teacher crosses the segment from there: what a few-step model gets wrong early it then learns to live with.
+"""
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model as transformer
+import vae as autoencoder
+from files import write_json, write_tensors
+from rollout import euler, sample, shifted, sigma_grid
+from tiny.pretrain import CONFIG, SCHEDULER, SHIFT, Contexts, guided, is_matrix, load_features
+from tiny.stage import Stage, generator, join
+from tiny.train_vlm import draw_concepts
+from tiny.world import Renderer, caption, draw_scenes, grid, random_tell
+
+STEPS, SUBSTEPS, GUIDANCE = 4, 2, 2.0
+
+
+@torch.no_grad()
+def cross(teacher, x: Tensor, k: int) -> Tensor:
+    """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS guided Euler steps."""
+    u = torch.linspace(1 - k / STEPS, 1 - (k + 1) / STEPS, SUBSTEPS + 1)
+    sigmas = shifted(u, SHIFT)
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        x = euler(x, teacher(x, float(sigma)), float(sigma), float(sigma_next))
+    return x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/distill"), help="folder of the state and the log")
+    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"), help="folder with the transformer/ of stage 3; is kept")
+    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    rank, processes = join()
+    torch.manual_seed(options.seed)
+    render, features = Renderer(), load_features(options.model)
+    vae, contexts = autoencoder.load(options.model, "cpu"), Contexts(features, render)
+    teacher = transformer.load(options.base, "cpu", torch.float32)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    stage = Stage(student, options.out, options.steps, adam=3e-4, muon=0.004, ema=0.99, warmup=20, is_matrix=is_matrix)
+    sigmas = sigma_grid(SCHEDULER, STEPS)
+    empty = features.contexts([""])
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = generator(options.seed + 20, step * processes + rank)
+        kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
+        rows = draw_concepts(options.batch, g, "style") if kind == "style" else draw_scenes(options.batch, g)
+        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, "style" if kind == "style" else "object", g)
+        own_states = step >= options.steps // 2
+        guide = guided(teacher, context, empty * len(rows), GUIDANCE)
+        x, states, targets = torch.randn(len(rows), CONFIG["in_channels"], 16, 16, generator=g), [], []
+        for k in range(STEPS):
+            arrived, width = cross(guide, x, k), float(sigmas[k + 1] - sigmas[k])
+            states.append(x)
+            targets.append((arrived - x) / width)
+            if own_states:
+                with torch.no_grad():
+                    arrived = euler(x, student.velocity(x, float(sigmas[k]), context), float(sigmas[k]), float(sigmas[k + 1]))
+            x = arrived
+        at = sigmas[:-1].repeat_interleave(len(rows))
+        v = student.velocity(torch.cat(states), at, context * STEPS)
+        each = (v - torch.cat(targets)).square().view(STEPS, -1).mean(1)
+        return each.mean(), {f"segment {k}": each[k].item() for k in range(STEPS)}
+
+    for step in stage.run(loss_of, save_every=100):
+        averaged = stage.averaged()
+        write_json(options.model / "transformer" / "config.json", CONFIG)
+        write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(), {"format": "pt"})
+        show(options.out / f"samples_{step:06d}.png", teacher, averaged, vae, features, render)
+
+
+@torch.no_grad()
+def show(path: Path, base, student, vae, features, render: Renderer) -> None:
+    """Rows: base at 4 steps, base at 4 and at 16 steps with guidance, student at 4; columns: prompts that leave much open."""
+    g = generator(31, 0)
+    rows = draw_scenes(12, g, held_out="object")
+    context, empty = features.contexts([caption(row, random_tell(g)) for row in rows]), features.contexts([""] * 12)
+    noise = torch.randn(12, CONFIG["in_channels"], 16, 16, generator=g)
+    walks = [(guided(base, context, empty, 1.0), 4), (guided(base, context, empty, GUIDANCE), 4), (guided(base, context, empty, GUIDANCE), 16),
+             (guided(student, context, empty, 1.0), 4)]
+    grid(torch.cat([vae.decode(sample(walk, noise, sigma_grid(SCHEDULER, n))) for walk, n in walks]), 12).save(path)
+
+
+if __name__ == "__main__":
+    main()
