@@ -30,8 +30,8 @@ def checkpoint(name: str, marker: str, patterns: list[str] | None = None) -> Pat
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / marker).is_file():
-            raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in diffusers/transformers "
-                             "layout")
+            raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in "
+                             "diffusers/transformers layout")
         return folder
     if not looks_like_hub_id(name):
         raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as "

@@ -43,9 +43,9 @@ class Recipe:
 
 
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
-TURBO = Recipe("Z-Image-Turbo (official values)", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4, rank=64, alpha=128,
-               ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True, save_every=100, sample_every=100,
-               vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
+TURBO = Recipe("Z-Image-Turbo (official values)", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
+               rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
+               save_every=100, sample_every=100, vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
                unrelated="a red bicycle leaning against a white brick wall, morning light")
 # Small models: far fewer steps, so a faster EMA; on its own pictures and captions the embedded model needs no more.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=80, lr=1e-3, rank=16, alpha=16,
@@ -86,7 +86,8 @@ def parse(options: type, argv: list[str] | None, description: str):
         elif typing.get_origin(kind) is list:
             parser.add_argument(flag, action="append", default=[], metavar="TEXT", **extra)
         else:
-            parser.add_argument(flag, type=kind, required=required, default=None if required else field.default, **extra)
+            default = None if required else field.default
+            parser.add_argument(flag, type=kind, required=required, default=default, **extra)
     return options(**vars(parser.parse_args(argv)))
 
 

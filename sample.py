@@ -4,8 +4,8 @@ At inference D-OPSD leaves nothing behind but a LoRA: the sampler is the checkpo
 velocity). `--compare` puts base and student side by side with the same noise. `--reference IMAGE` shows the teacher's
 view, c_t = f_mm(prompt, image) of Eq. 4: where the base model cannot draw the concept from there, training cannot work.
 
-The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline with
-generator=torch.Generator("cpu").manual_seed(seed), guidance 0 and the same number of steps.
+The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline
+with generator=torch.Generator("cpu").manual_seed(seed), guidance 0 and the same number of steps.
 """
 import io
 import textwrap
@@ -40,12 +40,14 @@ class Options:
     height: int | None = option(None, "pixels; default: the recipe's size")
     width: int | None = option(None, "pixels; default: the recipe's size")
     out: str = option("out/sample.png", "PNG file; several prompts without --compare get a number each")
-    compare: bool = option(False, "one panel: rows are prompts, columns base and student (and teacher with --reference)")
-    reference: str | None = option(None, "picture of the concept: draw the teacher's view, prompt + picture through the VLM")
+    compare: bool = option(False, "one panel: a row per prompt; base, student, and teacher's view with --reference")
+    reference: str | None = option(None, "picture of the concept: draw what the teacher sees in it")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for --reference; default: the recipe's")
-    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", choices=("vlm", "text"))
+    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
+                               choices=("vlm", "text"))
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one")
-    dtype: str = option("auto", "of text encoder and transformer; auto is bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "of text encoder and transformer; auto is bfloat16 on CUDA",
+                        choices=("auto", "float32", "bfloat16"))
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
@@ -62,7 +64,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 def draw(model: transformer.ZImageTransformer, contexts: list[Tensor], noise: Tensor, sigmas: Tensor,
          adapter: lora.Adapter | None = None) -> Tensor:
-    """Latents (n, C, h, w) of n prompts, each from the same noise (1, C, h, w), one after the other (bounded memory)."""
+    """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
     latents = []
     for context in contexts:
@@ -80,7 +82,8 @@ def pixels_per_patch(folder: Path) -> int:
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """(channels, height, width) of the latents of a picture. Raises InputError on sides that are not divisible."""
-    config, multiple = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels"), pixels_per_patch(folder)
+    config = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels")
+    multiple = pixels_per_patch(folder)
     for name, side in (("--height", height), ("--width", width)):
         if side < 1 or side % multiple:
             raise InputError(f"{name} {side}: not a positive multiple of {multiple}, which this model needs; "
@@ -130,6 +133,35 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, str | int]) -> Non
     write_bytes(path, buffer.getvalue())
 
 
+class Panels:
+    """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
+
+    def __init__(self, folder: Path, model: transformer.ZImageTransformer, sigmas: Tensor, seed: int, prompts: list[str],
+                 targets: list[Image.Image | None], student: list[Tensor], teacher: list[Tensor]) -> None:
+        """One row per prompt: its target picture, if it has one, and its two contexts (Eq. 4)."""
+        self.folder, self.model, self.sigmas, self.seed = folder, model, sigmas, seed
+        self.prompts, self.targets, self.student, self.teacher = prompts, targets, student, teacher
+        first = next(image for image in targets if image is not None)
+        self.noise = starting_noise(seed, *latent_shape(folder, first.height, first.width))
+        self.base: list[Image.Image] = []
+
+    def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None) -> None:
+        """Write the panel of two adapters; without a teacher there is no such column."""
+        vae = autoencoder.load(self.folder, next(self.model.parameters()).device)  # small, not needed between panels
+
+        def pictures(contexts: list[Tensor], adapter: lora.Adapter | None) -> list[Image.Image]:
+            latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
+            return [to_image(vae.decode(z[None])[0]) for z in latents]
+
+        steps = len(self.sigmas) - 1
+        self.base = self.base or pictures(self.student, None)
+        columns = {"target": self.targets, "base": self.base, "student": pictures(self.student, student)}
+        if teacher is not None:
+            columns["teacher (sees the target)"] = pictures(self.teacher, teacher)
+        save_png(panel(columns, self.prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
+                 {"prompt": "\n".join(self.prompts), "seed": self.seed, "steps": steps, "lora": note})
+
+
 # ------------------------------------------------------------------------------------------------------- program
 def read_prompts(cfg: Options) -> list[str]:
     prompts = list(cfg.prompt)
@@ -137,7 +169,8 @@ def read_prompts(cfg: Options) -> list[str]:
         try:
             lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {cfg.prompts}: not readable as text ({error}); give a UTF-8 text file") from None
+            raise InputError(f"--prompts {cfg.prompts}: not readable as text ({error}); "
+                             "give a UTF-8 text file") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError("--prompt: nothing to draw; give --prompt TEXT or --prompts FILE with one prompt per line")
@@ -153,12 +186,12 @@ def check(cfg: Options) -> None:
     if cfg.lora is not None and not Path(cfg.lora).is_file():
         raise InputError(f"--lora {cfg.lora}: no such file; give an adapter such as out/NAME/student.safetensors")
     if Path(cfg.out).suffix.lower() != ".png":
-        raise InputError(f"--out {cfg.out}: not a .png file; pictures are written as PNG, give a name that ends in .png")
+        raise InputError(f"--out {cfg.out}: not a .png file; give a name that ends in .png")
 
 
 def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], shape: tuple[int, int],
                 device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Student and teacher contexts (Eq. 4) on the CPU; the teacher's are empty without --reference. Frees the encoder."""
+    """Student and teacher contexts (Eq. 4) on the CPU; the teacher's are empty without --reference."""
     picture = data.crop(data.open_image(cfg.reference), shape) if cfg.reference else None
     vlm = default_vlm(folder, recipe, cfg.vlm) if cfg.reference else None
     reader = encoder.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
@@ -179,11 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     sigmas = sigma_grid(read_json(folder / "scheduler" / "scheduler_config.json"), cfg.steps or recipe.inference_steps)
 
     student, teacher = contexts_of(cfg, folder, recipe, prompts, (height, width), device, dtype)
-    data.free()                                                          # the encoders are gone before the transformer comes
+    data.free()                                                     # the encoders are gone before the transformer comes
     net = transformer.load(folder, device, dtype)
     adapter = lora.load(cfg.lora, net) if cfg.lora else None
     noise = starting_noise(cfg.seed, *shape)
-    wanted = {}                                                          # column -> contexts, adapter
+    wanted = {}                                                     # column -> contexts, adapter
     if cfg.compare or not (adapter or teacher):
         wanted["base"] = (student, None)
     if adapter and (cfg.compare or not teacher):
@@ -197,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     vae = autoencoder.load(folder, device)
     images = {name: [to_image(vae.decode(z[None])[0]) for z in rows] for name, rows in latents.items()}
 
-    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model, "lora": Path(cfg.lora).name if cfg.lora else "none"}
+    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model,
+             "lora": Path(cfg.lora).name if cfg.lora else "none"}
     if cfg.reference:
         facts["reference"] = Path(cfg.reference).name
     out = Path(cfg.out)

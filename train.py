@@ -1,11 +1,12 @@
 """D-OPSD: teach a step-distilled diffusion model a new concept from a few images, and keep its few steps.
 
-    python train.py --data examples/robot            # the embedded model, on a laptop
-    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo          # the real one, on a CUDA GPU
+    python train.py --data examples/star                               # the embedded model, on a laptop
+    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo        # the real one, on a CUDA GPU
 
-arXiv 2605.05204, Section 3. For every batch: the student walks the few-step sampler from pure noise (rollout.py, Eq. 3);
-at each state it visits, the EMA teacher, shown the target image (encoder.py, Eq. 4), says which velocity it would take
-(Eq. 6); the student learns that velocity (loss.py, Eq. 7). Then one optimizer step and one EMA step (lora.py).
+arXiv 2605.05204, Section 3. For every batch the student walks the few-step sampler from pure noise (rollout.py, Eq. 3).
+At each state it visits, the EMA teacher, shown the target image (encoder.py, Eq. 4), says which velocity it would take
+(Eq. 6), and the student learns that velocity (loss.py, Eq. 7). Then one optimizer step and one EMA step (lora.py).
+`dopsd_step` below is the method; the rest of this file is set-up, logging, saving and resuming.
 
 Differs from the official code:
 1. Backward at every state instead of once per rollout: the same gradient with one graph alive.
@@ -41,7 +42,9 @@ import vae as autoencoder
 from files import InputError, checkpoint, read_json
 from options import EMBEDDED, ROOT, Recipe, device_and_dtype, option, parse, recipe_of, run as run_program
 from rollout import rollout, scheduler_shift, sigma_grid
-from sample import default_vlm, draw, latent_shape, panel, pixels_per_patch, save_png, starting_noise, to_image
+from sample import Panels, default_vlm, pixels_per_patch
+
+Model = transformer.ZImageTransformer  # another backbone needs `velocity`, `lora_names` and no more
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Options:
     model: str = option(EMBEDDED, "checkpoint folder in diffusers layout, or hub id")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for the teacher's context")
     out: str | None = option(None, "folder of the run; default out/<name of the data>")
-    method: str = option("dopsd", "dopsd, or sft: vanilla flow-matching fine-tuning for comparison", choices=("dopsd", "sft"))
+    method: str = option("dopsd", "dopsd, or sft: vanilla flow-matching fine-tuning", choices=("dopsd", "sft"))
     loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code", choices=tuple(objectives.LOSSES))
     steps: int | None = option(None, "optimizer steps")
     lr: float | None = option(None, "learning rate of AdamW, constant")
@@ -63,19 +66,22 @@ class Options:
     accumulate: int | None = option(None, "forward passes per optimizer step")
     size: int | None = option(None, "side of the square training picture in pixels; other shapes have about its area")
     seed: int = option(0, "of LoRA, batch order, captions and noise")
-    panel_prompt: list[str] = option([], "prompt of a panel row, drawn with the first image as the teacher's reference; repeatable")
+    panel_prompt: list[str] = option([], "a further row of the panels; the teacher sees the first image; repeatable")
     sample_every: int | None = option(None, "optimizer steps between panels; 0: none")
     save_every: int | None = option(None, "optimizer steps between saves")
     resume: bool = option(False, "continue the run in --out, bit for bit")
-    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", choices=("vlm", "text"))
-    checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, about a third slower")
+    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
+                               choices=("vlm", "text"))
+    checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the transformer's block")
     cache: str | None = option(None, "folder of cached latents and contexts; default <out>/cache")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one")
-    dtype: str = option("auto", "of the frozen networks; auto is bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "of the frozen networks; auto is bfloat16 on CUDA",
+                        choices=("auto", "float32", "bfloat16"))
 
 
-FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "device")  # may differ on --resume
+# Options that may differ when a run is resumed: they do not change what is computed.
+FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "device")
 STATE = "state.safetensors"
 
 
@@ -85,8 +91,8 @@ def fill(cfg: Options, recipe: Recipe) -> Options:
     defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
                 if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
     cfg = dataclasses.replace(cfg, **defaults)
-    for name, least in (("steps", 1), ("rollout_steps", 1), ("batch_size", 1), ("accumulate", 1), ("rank", 1), ("alpha", 1),
-                        ("save_every", 1), ("sample_every", 0), ("lr", 0)):
+    for name, least in (("steps", 1), ("rollout_steps", 1), ("batch_size", 1), ("accumulate", 1), ("rank", 1),
+                        ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0)):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if not value >= least or not math.isfinite(value):
             raise InputError(f"{flag} {value}: too small; give {least} or more")
@@ -97,17 +103,17 @@ def fill(cfg: Options, recipe: Recipe) -> Options:
 
 def open_run(cfg: Options, out: Path) -> None:
     """Make `out` a run of these options, or check that it is one to resume. Raises InputError, writes nothing then."""
-    state, config = out / STATE, out / "config.json"
+    state = out / STATE
     if cfg.resume:
-        if not state.is_file() or not config.is_file():
+        if not state.is_file():
             raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
-        before = read_json(config, "options")["options"]
+        before = read_json(out / "config.json", "options")["options"]
         for name, value in asdict(cfg).items():
             if name not in FREE and before.get(name, value) != value:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
         return
-    if state.exists() or config.exists():
+    if state.exists():
         raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,8 @@ def describe(cfg: Options, recipe: Recipe) -> dict:
     """What config.json keeps: options, versions and the commit of this code."""
     packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {"recipe": recipe.name, "options": asdict(cfg), "commit": commit,
@@ -130,27 +137,28 @@ def describe(cfg: Options, recipe: Recipe) -> dict:
 class Features:
     """Everything that VAE and encoders contribute: the data set and the panel's contexts. Both are gone afterwards."""
 
-    def __init__(self, cfg: Options, folder: Path, recipe: Recipe, out: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Options, folder: Path, recipe: Recipe, out: Path, device: torch.device,
+                 dtype: torch.dtype) -> None:
         self.rows = data.read_folder(cfg.data)
         multiple = pixels_per_patch(folder)
-        self.vlm = default_vlm(folder, recipe, cfg.vlm) if cfg.method == "dopsd" else None
-        open_run(cfg, out)
+        shapes = data.bucket_shapes(cfg.size, multiple)
+        self.vlm = encoder.find_vlm(default_vlm(folder, recipe, cfg.vlm)) if cfg.method == "dopsd" else None
+        key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"),
+                        data.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
+                        str(recipe.image_pixels)])
+        open_run(cfg, out)                                              # nothing is written before this line
         cache = Path(cfg.cache) if cfg.cache else out / "cache"
-        found = encoder.find_vlm(self.vlm) if self.vlm else None
-        key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"), data.model_key(found) if found else "-",
-                        str(dtype), cfg.teacher_rope, str(recipe.image_pixels)])
-        prompts, shapes = self.panel_rows(cfg, recipe), data.bucket_shapes(cfg.size, multiple)
+        prompts = self.panel_rows(cfg, recipe)
         panel_file = cache / f"panel-{hashlib.sha256(f'{key}{prompts}'.encode()).hexdigest()[:40]}.safetensors"
 
         def load_encoder() -> encoder.Encoder:
-            reader = encoder.load(folder, device, dtype, found, recipe.image_pixels, cfg.teacher_rope)
-            self.encode_panel(reader, prompts, shapes, panel_file)                          # while it is in memory
+            reader = encoder.load(folder, device, dtype, self.vlm, recipe.image_pixels, cfg.teacher_rope)
+            self.encode_panel(reader, prompts, shapes, panel_file)      # while it is in memory
             return reader
 
         examples = data.prepare(self.rows, cfg.size, multiple, cache, key, lambda: autoencoder.load(folder, device),
-                                load_encoder, want_teacher=found is not None, device=device)
+                                load_encoder, want_teacher=self.vlm is not None, device=device)
         self.dataset = data.Dataset(examples, cfg.batch_size, cfg.seed)
-        self.examples = examples
         if not panel_file.is_file():
             load_encoder()
             data.free()
@@ -165,12 +173,14 @@ class Features:
         pairs = [(self.rows[i].captions[0], i) for i in range(min(2, len(self.rows)))]
         return pairs + [(prompt, 0) for prompt in cfg.panel_prompt] + [(recipe.unrelated, None)]
 
-    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], shapes: list[data.Shape], path: Path) -> None:
+    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], shapes: list[data.Shape],
+                     path: Path) -> None:
         """Contexts of the panel's prompts, "student.i" and "teacher.i", into a file."""
         contexts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
         shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
         if self.vlm:
-            crops = [data.crop(data.open_image(row.image), data.nearest_shape(row.size, shapes)) for _, _, row in shown]
+            crops = [data.crop(data.open_image(row.image), data.nearest_shape(row.size, shapes))
+                     for _, _, row in shown]
             features = reader.image_text_context([prompt for _, prompt, _ in shown], crops)
             contexts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, features)}
         files.write_tensors(path, {name: c.cpu().clone() for name, c in contexts.items()})
@@ -180,16 +190,19 @@ class Features:
 class Run:
     """Student, teacher, optimizer and their files: what one optimizer step changes, and nothing else."""
 
-    def __init__(self, cfg: Options, out: Path, model: transformer.ZImageTransformer) -> None:
+    def __init__(self, cfg: Options, out: Path, model: Model) -> None:
         self.cfg, self.out, self.step = cfg, out, 0
+        self.device = next(model.parameters()).device
         self.student = lora.create(model, cfg.rank, cfg.alpha, cfg.seed)
-        self.teacher = lora.copy(self.student)                                      # theta_bar starts as theta
+        self.teacher = lora.copy(self.student)                          # theta_bar starts as theta
         self.parameters = self.student.tensors()
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=0.0)
 
     def save(self) -> None:
-        """The adapters for other programs, and one file from which `load` continues; each is written whole or not at all."""
-        state = {f"student.{n}": t for n, t in self.parameters.items()} | {f"teacher.{n}": t for n, t in self.teacher.tensors().items()}
+        """The adapters for other programs, then one file from which `load` continues; each whole or not at all."""
+        state = {f"student.{name}": tensor for name, tensor in self.parameters.items()}
+        state |= {f"teacher.{name}": tensor for name, tensor in self.teacher.tensors().items()}
         for name, parameter in self.parameters.items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
@@ -209,94 +222,106 @@ class Run:
         for name, parameter in self.parameters.items():
             prefix = f"adam.{name}."
             moments = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            self.optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in moments.items()}
+            self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
+                                               for key, value in moments.items()}
 
 
-def dopsd_step(cfg: Options, model: transformer.ZImageTransformer, run: Run, batch: data.Batch, sigmas: Tensor, number: int) -> float:
-    """Accumulate the gradient of Eq. 7 for one batch; returns the loss."""
-    device = run.student.parameters()[0].device
-    student_context = [c.to(device) for c in batch.student_context]                 # c_s = f_text(y), Eq. 4
-    teacher_context = [c.to(device) for c in batch.teacher_context]                 # c_t = f_mm(y, x0), Eq. 4
-    x = torch.randn(batch.latents.shape, generator=data.generator(cfg.seed, "noise", number)).to(device)   # x at sigma = 1
+def dopsd_step(cfg: Options, model: Model, run: Run, batch: data.Batch, sigmas: Tensor, rng: torch.Generator) -> float:
+    """Add the gradient of Eq. 7 for one batch to the student's; returns the loss. rng: of the starting noise."""
+    student_context = [c.to(run.device) for c in batch.student_context]             # c_s = f_text(y), Eq. 4
+    teacher_context = [c.to(run.device) for c in batch.teacher_context]             # c_t = f_mm(y, x0), Eq. 4
+    x = torch.randn(batch.latents.shape, generator=rng).to(run.device)              # (B, C, H, W) at sigma = 1
     total = 0.0
 
     def student(x: Tensor, sigma: float) -> Tensor:
         return model.velocity(x, sigma, student_context, run.student)
 
     for point in rollout(student, x, sigmas):                                       # Eq. 3: the student's own states
-        with torch.no_grad():                                                       # Eq. 6: the teacher at the same state
+        with torch.no_grad():                                                       # Eq. 6: the teacher, same state
             v_teacher = model.velocity(point.x, point.sigma, teacher_context, run.teacher)
         loss = objectives.dopsd(point, v_teacher, cfg.loss) / (len(sigmas) - 1)     # Eq. 7: mean over the K states
-        (loss / cfg.accumulate).backward()                                          # states are detached: one graph at a time
+        (loss / cfg.accumulate).backward()                                          # one graph alive at a time
         total += loss.item()
     return total
 
 
-def sft_step(cfg: Options, model: transformer.ZImageTransformer, run: Run, batch: data.Batch, shift: float, number: int) -> float:
-    """Accumulate the gradient of vanilla fine-tuning for one batch; returns the loss."""
-    device = run.student.parameters()[0].device
-    rng = data.generator(cfg.seed, "noise", number)
-    eps = torch.randn(batch.latents.shape, generator=rng).to(device)
-    sigma = objectives.draw_sigma(rng, shift, len(eps)).to(device)
-    context = [c.to(device) for c in batch.student_context]
-    loss = objectives.sft(lambda x, s: model.velocity(x, s, context, run.student), batch.latents.to(device), eps, sigma)
+def sft_step(cfg: Options, model: Model, run: Run, batch: data.Batch, shift: float, rng: torch.Generator) -> float:
+    """Add the gradient of vanilla fine-tuning for one batch to the student's; returns the loss."""
+    context = [c.to(run.device) for c in batch.student_context]
+    x0, eps = batch.latents.to(run.device), torch.randn(batch.latents.shape, generator=rng).to(run.device)
+    sigma = objectives.draw_sigma(rng, shift, len(eps)).to(run.device)              # (B,)
+    loss = objectives.sft(lambda x, s: model.velocity(x, s, context, run.student), x0, eps, sigma)
     (loss / cfg.accumulate).backward()
     return loss.item()
 
 
-def train(cfg: Options, model: transformer.ZImageTransformer, run: Run, features: Features, panels: "Panels", scheduler: dict) -> int:
+def draw_panel(cfg: Options, run: Run, panels: Panels) -> None:
+    """samples/step_N.png of the current step."""
+    note = f"{cfg.method}, step {run.step} of {cfg.steps}"
+    panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", note, run.student,
+                run.teacher if cfg.method == "dopsd" else None)
+
+
+def accumulate(cfg: Options, model: Model, run: Run, dataset: data.Dataset, scheduler: dict) -> float:
+    """The gradient of one optimizer step, from `cfg.accumulate` batches; returns the mean loss."""
+    sigmas, shift, total = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler), 0.0
+    for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
+        batch, rng = dataset.batch(number), data.generator(cfg.seed, "noise", number)
+        if cfg.method == "dopsd":
+            total += dopsd_step(cfg, model, run, batch, sigmas, rng)
+        else:
+            total += sft_step(cfg, model, run, batch, shift, rng)
+    return total / cfg.accumulate
+
+
+def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: Panels, scheduler: dict) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
-    sigmas, shift = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler)
-    stop = Interrupt()
-    if run.step == 0:
-        panels.draw(run)                                                            # can the teacher draw the concept at all?
+    if run.step == 0 and cfg.sample_every:
+        draw_panel(cfg, run, panels)                                    # can the teacher draw the concept at all?
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
-    for step in bar:
-        started, total = time.time(), 0.0
-        run.optimizer.zero_grad(set_to_none=True)
-        for number in range(step * cfg.accumulate, (step + 1) * cfg.accumulate):
-            batch = features.dataset.batch(number)
-            if cfg.method == "dopsd":
-                total += dopsd_step(cfg, model, run, batch, sigmas, number) / cfg.accumulate
-            else:
-                total += sft_step(cfg, model, run, batch, shift, number) / cfg.accumulate
-        norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            run.save()                                                              # nothing was updated: still the last good state
-            raise InputError(f"step {step + 1}: loss {total}, gradient norm {norm}; the state before it is saved in {run.out}; "
-                             "try a smaller --lr, or --dtype float32")
-        run.optimizer.step()
-        lora.ema_(run.teacher, run.student, cfg.ema)                                # theta_bar <- m theta_bar + (1 - m) theta
-        run.step = step + 1
-        numbers = {"step": run.step, "loss": total, "gradient_norm": norm, "seconds": round(time.time() - started, 3),
-                   "peak_memory_gb": round(peak_memory_gb(), 2)}
-        append_line(run.out / "metrics.jsonl", numbers)
-        bar.set_postfix_str(f"loss {total:.4f}, grad {norm:.3f}, {numbers['seconds']:.2f} s/step, {numbers['peak_memory_gb']} GB")
-        done = run.step == cfg.steps or stop.asked
-        if done or run.step % cfg.save_every == 0:
-            run.save()
-        if stop.asked:
-            print(f"interrupted: step {run.step} is saved in {run.out}; continue with --resume", file=sys.stderr)
-            return 130
-        if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
-            panels.draw(run)
+    with Interrupt() as interrupt:
+        for _ in bar:
+            started = time.time()
+            run.optimizer.zero_grad(set_to_none=True)
+            loss = accumulate(cfg, model, run, dataset, scheduler)
+            norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                run.save()                                              # nothing was updated: the last good state
+                raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is saved in "
+                                 f"{run.out}; try a smaller --lr, or --dtype float32")
+            run.optimizer.step()
+            lora.ema_(run.teacher, run.student, cfg.ema)                # theta_bar <- m theta_bar + (1 - m) theta
+            run.step += 1
+            seconds, memory = time.time() - started, peak_memory_gb()
+            log(run, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
+                      "peak_memory_gb": memory})
+            bar.set_postfix_str(f"loss {loss:.4f}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB")
+            done = run.step == cfg.steps or interrupt.asked
+            if done or run.step % cfg.save_every == 0:
+                run.save()
+            if interrupt.asked:
+                print(f"interrupted: step {run.step} is saved in {run.out}; --resume continues", file=sys.stderr)
+                return 130
+            if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
+                draw_panel(cfg, run, panels)
     return 0
 
 
 class Interrupt:
-    """Ctrl-C asks for a stop after the step under way, so that what is saved is a whole step; the second one stops at once."""
+    """Ctrl-C asks for a stop after the step under way, so that whole steps are saved; the second one stops at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "Interrupt":
         self.asked = False
-        try:
-            signal.signal(signal.SIGINT, self.handle)
-        except ValueError:                                                          # not in the main thread, e.g. under a test
-            pass
+        self.before = signal.signal(signal.SIGINT, self.handle)
+        return self
 
     def handle(self, *_) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
 
 
 def peak_memory_gb() -> float:
@@ -311,47 +336,38 @@ def peak_memory_gb() -> float:
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
 
 
-def append_line(path: Path, numbers: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(numbers) + "\n")
+def log(run: Run, numbers: dict) -> None:
+    """One more line of metrics.jsonl."""
+    path = run.out / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(numbers) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror}); free some space, then --resume") from None
 
 
 def forget_lines_after(path: Path, step: int) -> None:
-    """Drop the metrics of steps that a resumed run will do again."""
+    """Drop the metrics of steps that will be done (again), and half a line at the end."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        files.write_bytes(path, "".join(line + "\n" for line in lines).encode())
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+        files.write_bytes(path, "".join(kept).encode())
 
 
-class Panels:
-    """samples/step_N.png: rows = prompts; columns = target, base, student, teacher; the same noise in every cell and panel."""
-
-    def __init__(self, cfg: Options, folder: Path, model: transformer.ZImageTransformer, features: Features, sigmas: Tensor) -> None:
-        self.cfg, self.folder, self.model, self.features, self.sigmas = cfg, folder, model, features, sigmas
-        target = next(image for image in features.targets if image is not None)
-        self.noise = starting_noise(cfg.seed, *latent_shape(folder, target.height, target.width))
-        self.base: list[Tensor] = []
-
-    def draw(self, run: Run) -> None:
-        if not self.cfg.sample_every:
-            return
-        device = run.student.parameters()[0].device
-        vae = autoencoder.load(self.folder, device)                                 # small, and not needed between panels
-
-        def pictures(contexts: list[Tensor], adapter: lora.Adapter | None):
-            return [to_image(vae.decode(z[None])[0]) for z in draw(self.model, contexts, self.noise, self.sigmas, adapter)]
-
-        self.base = self.base or pictures(self.features.student, None)
-        columns = {"target": self.features.targets, "base": self.base, "student": pictures(self.features.student, run.student)}
-        if self.cfg.method == "dopsd":
-            columns["teacher (sees the target)"] = pictures(self.features.teacher, run.teacher)
-        note = f"step {run.step} of {self.cfg.steps}, {len(self.sigmas) - 1} solver steps, seed {self.cfg.seed}"
-        save_png(panel(columns, self.features.prompts, note), run.out / "samples" / f"step_{run.step:06d}.png",
-                 {"prompt": "\n".join(self.features.prompts), "seed": self.cfg.seed, "steps": len(self.sigmas) - 1})
+def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype) -> None:
+    """What the run is about to do."""
+    shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
+    trained = sum(tensor.numel() for tensor in run.parameters.values())
+    buckets = ", ".join(f"{count} of {width}x{height}" for (height, width), count in dataset.buckets.items())
+    print(f"model    {folder} on {run.device}, {str(dtype).removeprefix('torch.')}")
+    print(f"recipe   {recipe.name}: {', '.join(f'{name} {getattr(cfg, name)}' for name in shown)}")
+    print(f"trained  {trained:,} LoRA parameters in {len(run.student.weights)} layers")
+    print(f"images   {len(dataset.examples)}: {buckets}")
+    print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse(Options, argv, "D-OPSD: on-policy self-distillation of a step-distilled diffusion model from a few images.")
+    cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     folder = checkpoint(cfg.model, "model_index.json")
     recipe = recipe_of(folder)
@@ -360,26 +376,17 @@ def main(argv: list[str] | None = None) -> int:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     sigmas = sigma_grid(scheduler, recipe.inference_steps)
 
-    features = Features(cfg, folder, recipe, out, device, dtype)                    # loads and frees VAE and encoders
+    features = Features(cfg, folder, recipe, out, device, dtype)        # loads VAE and encoders, and frees them
     model = transformer.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
     if cfg.resume:
         run.load()
-        forget_lines_after(out / "metrics.jsonl", run.step)
+    forget_lines_after(out / "metrics.jsonl", run.step)
     files.write_json(out / "config.json", describe(cfg, recipe))
-    print_summary(cfg, recipe, folder, run, features, device, dtype)
-    return train(cfg, model, run, features, Panels(cfg, folder, model, features, sigmas), scheduler)
-
-
-def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, features: Features, device: torch.device, dtype: torch.dtype) -> None:
-    trained = sum(t.numel() for t in run.parameters.values())
-    buckets = ", ".join(f"{count} of {w}x{h}" for (h, w), count in features.dataset.buckets.items())
-    print(f"model     {folder} on {device}, {dtype}".replace("torch.", ""))
-    print(f"recipe    {recipe.name}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in
-          ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")))
-    print(f"trained   {trained:,} LoRA parameters in {len(run.student.weights)} layers")
-    print(f"images    {len(features.examples)}: {buckets}")
-    print(f"steps     {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
+    print_summary(cfg, recipe, folder, run, features.dataset, dtype)
+    panels = Panels(folder, model, sigmas, cfg.seed, features.prompts, features.targets, features.student,
+                    features.teacher)
+    return train(cfg, model, run, features.dataset, panels, scheduler)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What the tests of the two programs share: a small random checkpoint, training pictures, and ways to run train.py.
+
+The checkpoint has the embedded model's own VAE, text encoder, tokenizer and VLM, and a tiny transformer whose weights
+are all random, so that modulation, norms and pad tokens matter. Everything a test finds was made from seeds.
+"""
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import files
+import lora
+import train
+from model import ZImageTransformer
+from options import EMBEDDED, ROOT
+
+TRANSFORMER = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
+               "all_f_patch_size": [1], "in_channels": 8, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+               "n_kv_heads": 2, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 128, "rope_theta": 256.0,
+               "t_scale": 1000.0, "axes_dims": [4, 6, 6], "axes_lens": [1024, 64, 64], "siglip_feat_dim": None}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
+             "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}
+INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
+         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+         "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+         "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+CAPTIONS = ("a red star", "a big blue circle on the left", "a small dotted heart", "a green [V] at the top",
+            "a plain yellow moon on navy")
+
+
+def random_transformer(seed: int = 0, **changes) -> ZImageTransformer:
+    """Every parameter random with unit gain; a fresh model would have nearly constant norms and pad tokens."""
+    model = ZImageTransformer(TRANSFORMER | changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = "norm" in name or name == "cap_embedder.0.weight"
+            if parameter.ndim == 2 and len(parameter) > 1:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(float(norm) + (0.2 if norm else 0.5) * noise)
+    return model
+
+
+def write_transformer(folder: Path, seed: int = 0, **changes) -> None:
+    model = random_transformer(seed, **changes)
+    files.write_json(folder / "transformer" / "config.json", TRANSFORMER | changes)
+    files.write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", model.state_dict())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint folder, to be read only; `copied` gives one that may be damaged."""
+    folder = tmp_path_factory.mktemp("models") / "checkpoint"
+    for part in ("vae", "text_encoder", "tokenizer", "vlm"):
+        shutil.copytree(Path(EMBEDDED) / part, folder / part)
+    write_transformer(folder)
+    files.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    files.write_json(folder / "model_index.json", INDEX)
+    return folder
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def draw_picture(path: Path, size: tuple[int, int], seed: int) -> None:
+    """A disc and a bar whose colours and places depend on the seed."""
+    colour = [tuple(torch.randint(256, (3,), generator=torch.Generator().manual_seed(10 * seed + i)).tolist())
+              for i in range(3)]
+    image = Image.new("RGB", size, colour[0])
+    pen = ImageDraw.Draw(image)
+    pen.ellipse([4 + seed, 3, size[0] // 2 + 4 * seed, size[1] // 2 + 2 * seed], fill=colour[1])
+    pen.rectangle([0, size[1] - 8, size[0], size[1] - 5], fill=colour[2])
+    image.save(path)
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    folder.mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        draw_picture(folder / f"{i}.png", size, i)
+        (folder / f"{i}.txt").write_text(CAPTIONS[i])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Three square pictures with captions."""
+    return write_pictures(tmp_path_factory.mktemp("data") / "photos", [(40, 40)] * 3)
+
+
+@pytest.fixture(scope="session")
+def base(checkpoint, photos, tmp_path_factory) -> list[str]:
+    """Arguments of a short run. The features are encoded once for all tests that share them."""
+    return ["--data", str(photos), "--model", str(checkpoint), "--device", "cpu", "--size", "32", "--rank", "3",
+            "--alpha", "6", "--rollout-steps", "2", "--batch-size", "2", "--sample-every", "0", "--lr", "1e-2",
+            "--ema", "0.7", "--cache", str(tmp_path_factory.mktemp("features"))]
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """run("name", "--steps", 3) trains into tmp_path / "name" and returns that folder; later flags win."""
+    def start(name: str, *flags, status: int = 0) -> Path:
+        out = tmp_path / name
+        assert train.main([*base, "--out", str(out), *map(str, flags)]) == status
+        return out
+    return start
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """train.main takes over Ctrl-C; pytest wants it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def adapter_file(tmp_path_factory) -> Path:
+    """A LoRA for the checkpoint that changes its pictures: B is not zero, alpha is not the rank."""
+    adapter = lora.create(random_transformer(), rank=3, alpha=6, seed=1)
+    fill_b(adapter, seed=2)
+    path = tmp_path_factory.mktemp("adapters") / "strong.safetensors"
+    lora.save(adapter, path, {"method": "dopsd"})
+    return path
+
+
+def fill_b(adapter: lora.Adapter, seed: int, scale: float = 0.1) -> lora.Adapter:
+    """Give the zero matrices of a new adapter random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, B in adapter.weights.values():
+            B.copy_(scale * torch.randn(B.shape, generator=generator))
+    return adapter
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the machine."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_gb")} for line in lines]
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def program(name: str) -> list[str]:
+    """The first words of a command line that runs a program in a process of its own."""
+    return [sys.executable, str(ROOT / name)]
