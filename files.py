@@ -21,11 +21,14 @@ class InputError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- finding
-def checkpoint(name: str, marker: str, patterns: list[str] | None = None) -> Path:
+PIPELINE = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+
+
+def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] = PIPELINE) -> Path:
     """Local folder of a checkpoint: `name` itself if it is a folder, else the hub repository of that name.
 
     marker: file that must be there (model_index.json of a pipeline, config.json of a VLM).
-    patterns: hub files to download (globs); None downloads the whole repository. Raises InputError.
+    patterns: hub files to download (globs). Raises InputError.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -136,8 +136,9 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, str | int]) -> Non
 class Panels:
     """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
 
-    def __init__(self, folder: Path, model: transformer.ZImageTransformer, sigmas: Tensor, seed: int, prompts: list[str],
-                 targets: list[Image.Image | None], student: list[Tensor], teacher: list[Tensor]) -> None:
+    def __init__(self, folder: Path, model: transformer.ZImageTransformer, sigmas: Tensor, seed: int,
+                 prompts: list[str], targets: list[Image.Image | None], student: list[Tensor],
+                 teacher: list[Tensor]) -> None:
         """One row per prompt: its target picture, if it has one, and its two contexts (Eq. 4)."""
         self.folder, self.model, self.sigmas, self.seed = folder, model, sigmas, seed
         self.prompts, self.targets, self.student, self.teacher = prompts, targets, student, teacher
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg)
     prompts = read_prompts(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    folder = checkpoint(cfg.model, "model_index.json")
+    folder = checkpoint(cfg.model)
     recipe = recipe_of(folder)
     height, width = cfg.height or recipe.size, cfg.width or recipe.size
     shape = latent_shape(folder, height, width)

@@ -287,7 +287,7 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 run.save()                                              # nothing was updated: the last good state
-                raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is saved in "
+                raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is in "
                                  f"{run.out}; try a smaller --lr, or --dtype float32")
             run.optimizer.step()
             lora.ema_(run.teacher, run.student, cfg.ema)                # theta_bar <- m theta_bar + (1 - m) theta
@@ -369,7 +369,7 @@ def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset:
 def main(argv: list[str] | None = None) -> int:
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    folder = checkpoint(cfg.model, "model_index.json")
+    folder = checkpoint(cfg.model)
     recipe = recipe_of(folder)
     cfg = fill(cfg, recipe)
     out = Path(cfg.out or Path("out") / Path(cfg.data).resolve().stem)

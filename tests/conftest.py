@@ -3,6 +3,7 @@
 The checkpoint has the embedded model's own VAE, text encoder, tokenizer and VLM, and a tiny transformer whose weights
 are all random, so that modulation, norms and pad tokens matter. Everything a test finds was made from seeds.
 """
+import gc
 import json
 import shutil
 import signal
@@ -53,6 +54,13 @@ def write_transformer(folder: Path, seed: int = 0, **changes) -> None:
     model = random_transformer(seed, **changes)
     files.write_json(folder / "transformer" / "config.json", TRANSFORMER | changes)
     files.write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", model.state_dict())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_collections():
+    """The programs collect garbage between models; without this each collection walks through all imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def main() -> None:
     vae, contexts = autoencoder.load(options.model, "cpu"), Contexts(features, render)
     teacher = transformer.load(options.base, "cpu", torch.float32)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    stage = Stage(student, options.out, options.steps, adam=3e-4, muon=0.004, ema=0.99, warmup=20, is_matrix=is_matrix)
+    stage = Stage(student, options.out, options.steps, adam=3e-4, muon=0.004, ema=0.97, warmup=20, is_matrix=is_matrix)
     sigmas = sigma_grid(SCHEDULER, STEPS)
     empty = features.contexts([""])
 

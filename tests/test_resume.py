@@ -1,0 +1,283 @@
+"""train.py stopped in every way: killed, Ctrl-C, full disk, non-finite numbers; and continued bit for bit."""
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import files
+import lora
+import loss as objectives
+import options
+import train
+from conftest import metrics, program
+from files import InputError
+
+STATE = "state.safetensors"
+FILES = ("student.safetensors", "teacher.safetensors", STATE)
+SCHEDULE = ("--accumulate", "2", "--seed", "5")  # three pictures, batches of 2 + 1: the epoch ends within a step
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every tensor of every file has the same bits, and every step the same numbers."""
+    for name in FILES:
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys() and len(left) > 50
+        for key in left:
+            assert torch.equal(left[key], right[key]), (name, key)
+    assert metrics(a) == metrics(b)
+
+
+def saved_step(out: Path) -> int:
+    with files.open_safetensors(out / STATE) as file:
+        return int(file.metadata()["step"])
+
+
+def start(base: list[str], out: Path, *flags) -> subprocess.Popen:
+    words = [*program("train.py"), *base, *SCHEDULE, "--out", str(out), *map(str, flags)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process: subprocess.Popen, out: Path, count: int) -> None:
+    """Until metrics.jsonl has `count` lines."""
+    deadline = time.time() + 120
+    path = out / "metrics.jsonl"
+    while not path.is_file() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+# ---------------------------------------------------------------------------------------------------- resume
+def test_killed_and_resumed_equals_uninterrupted(base, run, tmp_path):
+    step = random.Random(2605).randint(6, 25)
+    out = tmp_path / "killed"
+    process = start(base, out, "--steps", 10 ** 6, "--save-every", 2)
+    wait_for_lines(process, out, step)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    found = saved_step(out)
+    assert found >= step - 2 and found % 2 == 0
+    steps = ("--steps", found + 3)
+    run("killed", *SCHEDULE, *steps, "--resume")
+    assert_same_run(out, run("whole", *SCHEDULE, *steps))
+    assert [line["step"] for line in metrics(out)] == list(range(1, found + 4))
+
+
+def test_resume_in_parts_with_other_free_options(run, tmp_path):
+    run("parts", *SCHEDULE, "--steps", 2)
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:                # steps after the save, the last cut off
+        file.write('{"step": 3, "loss": 1.0, "gradient_norm": 1.0}\n{"step": 4, "lo')
+    run("parts", *SCHEDULE, "--steps", 3, "--resume", "--save-every", 1, "--cache", tmp_path / "other_cache")
+    run("parts", *SCHEDULE, "--steps", 5, "--resume", "--sample-every", 5)
+    assert_same_run(tmp_path / "parts", run("whole", *SCHEDULE, "--steps", 5))
+    assert (tmp_path / "parts" / "samples" / "step_000005.png").is_file()
+    run("parts", *SCHEDULE, "--steps", 5, "--resume")                            # nothing left to do
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_resume_of_sft(run, tmp_path):
+    flags = ("--method", "sft")
+    run("parts", *flags, "--steps", 1)
+    run("parts", *flags, "--steps", 3, "--resume")
+    run("whole", *flags, "--steps", 3)
+    left, right = load_file(tmp_path / "parts" / STATE), load_file(tmp_path / "whole" / STATE)
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_seed_changes_everything(run):
+    first, second = run("a", "--steps", 1), run("b", "--steps", 1, "--seed", 1)
+    assert metrics(first) != metrics(second)
+    left, right = load_file(first / STATE), load_file(second / STATE)
+    assert not torch.equal(left["student.layers.0.attention.to_q.A"], right["student.layers.0.attention.to_q.A"])
+
+
+def test_damaged_state_is_one_line(run, tmp_path):
+    out = run("damaged", "--steps", 1)
+    content = (out / STATE).read_bytes()
+    (out / STATE).write_bytes(content[:len(content) // 2])
+    with pytest.raises(InputError, match=re.escape(str(out / STATE))):
+        run("damaged", "--steps", 2, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------- Ctrl-C
+def test_ctrl_c_saves_and_exits_with_130(base, run, tmp_path):
+    out = tmp_path / "stopped"
+    process = start(base, out, "--steps", 10 ** 6, "--save-every", 10 ** 6)
+    wait_for_lines(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    step = saved_step(out)
+    assert step >= 3 and [line["step"] for line in metrics(out)] == list(range(1, step + 1))
+    assert f"step {step}" in errors and str(out) in errors and "--resume" in errors
+    run("stopped", *SCHEDULE, "--steps", step + 2, "--resume")
+    assert_same_run(out, run("whole", *SCHEDULE, "--steps", step + 2))
+
+
+def press_ctrl_c(monkeypatch, times: int, call: int) -> None:
+    """Ctrl-C in the middle of the `call`-th evaluation of the loss."""
+    loss, count = objectives.dopsd, [0]
+
+    def pressed(*args):
+        count[0] += 1
+        for _ in range(times if count[0] == call else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args)
+    monkeypatch.setattr(objectives, "dopsd", pressed)
+
+
+def test_ctrl_c_finishes_the_step(run, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, times=1, call=3)                                     # the first state of step 2
+        out = run("stopped", "--steps", 5, status=130)
+    assert saved_step(out) == 2 and "step 2" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert_same_run(out, run("whole", "--steps", 2))
+
+
+def test_second_ctrl_c_stops_at_once(run, monkeypatch):
+    press_ctrl_c(monkeypatch, times=2, call=3)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", "--steps", 5, "--save-every", 1)
+    monkeypatch.undo()
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+def spoil(monkeypatch, call: int, spoiled) -> None:
+    """Replace the loss of the `call`-th state by spoiled(loss)."""
+    loss, count = objectives.dopsd, [0]
+
+    def wrapper(*args):
+        count[0] += 1
+        value = loss(*args)
+        return spoiled(value) if count[0] == call else value
+    monkeypatch.setattr(objectives, "dopsd", wrapper)
+
+
+SPOILED = {"loss nan": lambda loss: loss * float("nan"), "loss infinite": lambda loss: loss * float("inf"),
+           "gradient only": lambda loss: loss.detach() + (loss - loss.detach()).sqrt()}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_non_finite_numbers_keep_the_last_good_state(run, monkeypatch, tmp_path, how):
+    with monkeypatch.context() as patch:
+        spoil(patch, 6, SPOILED[how])                                            # the second state of step 3
+        with pytest.raises(InputError, match="step 3: .*--lr") as caught:
+            run("bad", "--steps", 5)
+    assert "\n" not in str(caught.value) and str(tmp_path / "bad") in str(caught.value)
+    assert_same_run(tmp_path / "bad", run("good", "--steps", 2))
+    run("bad", "--steps", 4, "--resume")
+    assert_same_run(tmp_path / "bad", run("longer", "--steps", 4))
+
+
+def test_exploding_learning_rate(run, tmp_path):
+    with pytest.raises(InputError, match="--lr"):
+        run("exploded", "--steps", 9, "--lr", "1e30", "--save-every", 1)
+    state = load_file(tmp_path / "exploded" / STATE)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_non_finite_at_the_first_step(run, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, SPOILED["loss nan"])
+        with pytest.raises(InputError, match="step 1: "):
+            run("bad", "--steps", 5)
+    run("bad", "--steps", 2, "--resume")
+    assert_same_run(tmp_path / "bad", run("good", "--steps", 2))
+
+
+# ---------------------------------------------------------------------------------------------------- disk and memory
+def no_space(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_while_saving_keeps_the_previous_state(run, tmp_path, monkeypatch):
+    """The n-th file of a resumed run cannot be written, for every n; each time the run can still be continued."""
+    whole = run("whole", "--steps", 4)
+    for n in range(1, 20):
+        run(f"full{n}", "--steps", 2)
+        fsync, count = os.fsync, [0]
+
+        def failing(descriptor):
+            count[0] += 1
+            (no_space if count[0] == n else fsync)(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", failing)
+            try:
+                run(f"full{n}", "--steps", 4, "--resume")
+                break
+            except InputError as error:
+                assert "No space left" in str(error) and "free some space" in str(error) and "\n" not in str(error)
+        assert not list((tmp_path / f"full{n}").rglob("*.tmp"))
+        assert saved_step(tmp_path / f"full{n}") == 2
+        run(f"full{n}", "--steps", 4, "--resume")
+        assert_same_run(tmp_path / f"full{n}", whole)
+    assert n >= 4                                                                # config, student, teacher, state at least
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_full_disk_while_logging(run, tmp_path):
+    out = run("full", "--steps", 2)
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="metrics.jsonl: .*[Ss]pace"):
+        run("full", "--steps", 4, "--resume")
+    assert saved_step(out) == 2
+    (out / "metrics.jsonl").unlink()
+    run("full", "--steps", 4, "--resume")
+    assert torch.equal(*(load_file(path / STATE)["student.layers.0.attention.to_q.B"]
+                         for path in (out, run("whole", "--steps", 4))))
+
+
+def test_out_of_memory_names_the_options(base, tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
+    monkeypatch.setattr(objectives, "dopsd", exhausted)
+    with pytest.raises(SystemExit) as caught:
+        options.run(lambda: train.main([*base, "--out", str(tmp_path / "small")]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert caught.value.code == 2 and len(errors) == 1
+    for word in ("out of memory", "--batch-size", "--size", "--rank", "--checkpointing", "--accumulate"):
+        assert word in errors[0]
+
+
+def test_interrupted_before_the_loop_is_130(base, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train.transformer, "load", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        options.run(lambda: train.main([*base, "--out", str(tmp_path / "early")]))
+    assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main([*base, "--out", str(tmp_path / "early"), "--steps", "1"]) == 0
+
+
+def test_saved_adapters_are_never_newer_than_needed(run, tmp_path, monkeypatch):
+    """Stopped between student.safetensors and the state file: the state is the older one, and the run continues."""
+    run("cut", "--steps", 2)
+    save, count = lora.save, [0]
+
+    def stopped(*args):
+        save(*args)
+        count[0] += 1
+        if count[0] == 1:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", "--steps", 3, "--resume")
+    assert saved_step(tmp_path / "cut") == 2
+    run("cut", "--steps", 4, "--resume")
+    assert_same_run(tmp_path / "cut", run("whole", "--steps", 4))

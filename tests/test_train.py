@@ -1,0 +1,323 @@
+"""train.py: each number of a run against an independent computation, and what a run leaves behind."""
+import gc
+import json
+import shutil
+import weakref
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import data
+import encoder
+import loss as objectives
+import lora
+import model as zimage
+import options
+import sample
+import train
+import vae
+from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, metrics, write_pictures
+from rollout import sigma_grid
+from test_model import their_velocity
+from test_sample import difference, pixels, tiles
+
+STATE = "state.safetensors"
+FILES = ("student.safetensors", "teacher.safetensors", STATE)
+
+
+@pytest.fixture
+def prepare(run, monkeypatch):
+    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
+    def start(*flags) -> SimpleNamespace:
+        caught = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
+            run("prepared", *flags)
+        return SimpleNamespace(**dict(zip(("cfg", "model", "run", "dataset", "panels", "scheduler"), caught, strict=True)))
+    return start
+
+
+def noise_of(batch: data.Batch, seed: int, number: int) -> torch.Tensor:
+    return torch.randn(batch.latents.shape, generator=data.generator(seed, "noise", number))
+
+
+def equation_7(student, teacher, batch, x, steps: int, kind: str) -> torch.Tensor:
+    """The loss as one graph through all states, which are constants. student, teacher: (x, sigma, context) -> v."""
+    sigmas, terms = sigma_grid(SCHEDULER, steps).tolist(), []
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        v, goal = student(x, sigma, batch.student_context), teacher(x, sigma, batch.teacher_context).detach()
+        a, b = (v, goal) if kind == "v" else (x - sigma * v, x - sigma * goal)
+        terms.append(((a - b) ** 2).mean())
+        x = (x + (following - sigma) * v).detach()
+    return sum(terms) / len(terms)
+
+
+def with_adapter(model, adapter):
+    return lambda x, sigma, context: model.velocity(x, sigma, context, adapter)
+
+
+# ---------------------------------------------------------------------------------------------------- the objective
+@pytest.mark.parametrize("kind, accumulate, steps", [("v", 1, 2), ("x0", 1, 4), ("v", 3, 1), ("x0", 2, 2)])
+def test_first_loss_is_equation_7(run, prepare, kind, accumulate, steps):
+    flags = ("--loss", kind, "--accumulate", accumulate, "--rollout-steps", steps, "--steps", 1, "--seed", 4)
+    parts, losses = prepare(*flags), []
+    for number in range(accumulate):
+        batch = parts.dataset.batch(number)
+        losses.append(equation_7(with_adapter(parts.model, None), with_adapter(parts.model, None), batch,
+                                 noise_of(batch, 4, number), steps, kind))            # B = 0: both are the base model
+    assert metrics(run("real", *flags))[0]["loss"] == pytest.approx(sum(losses).item() / accumulate, rel=1e-5)
+    assert losses[0].item() > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", ["--no-checkpointing", "--checkpointing"])
+@pytest.mark.parametrize("kind", ["v", "x0"])
+def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpointing):
+    parts = prepare("--rollout-steps", 4, "--loss", kind, checkpointing)
+    assert parts.model.checkpointing == (checkpointing == "--checkpointing")
+    student, teacher = fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
+    batch, sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER, 4)
+    value = train.dopsd_step(parts.cfg, parts.model, parts.run, batch, sigmas, data.generator(0, "noise", 0))
+    parts.model.checkpointing = False
+    whole = equation_7(with_adapter(parts.model, student), with_adapter(parts.model, teacher), batch,
+                       noise_of(batch, 0, 0), 4, kind)
+    expected = torch.autograd.grad(whole, student.parameters())
+    assert value == pytest.approx(whole.item(), rel=1e-5)
+    for tensor, gradient in zip(student.parameters(), expected):
+        assert torch.allclose(tensor.grad, gradient, rtol=1e-4, atol=1e-6) and gradient.abs().max() > 1e-4
+    assert all(not tensor.requires_grad and tensor.grad is None for tensor in teacher.parameters())
+    assert all(not weight.requires_grad and weight.grad is None for weight in parts.model.parameters())
+
+
+def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
+    parts = prepare()
+    adapters = {"student": fill_b(parts.run.student, seed=1), "teacher": fill_b(parts.run.teacher, seed=2)}
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(zimage.LORA_TARGETS))
+    theirs = ZImageTransformer2DModel.from_pretrained(checkpoint / "transformer").requires_grad_(False)
+    theirs = get_peft_model(theirs, config, adapter_name="student")
+    theirs.add_adapter("teacher", config)
+    layers = {name: (theirs.base_model.model.get_submodule(name), pair) for name, pair in adapters["student"].weights.items()}
+    for side, adapter in adapters.items():
+        for name, (layer, _) in layers.items():
+            layer.lora_A[side].weight.data.copy_(adapter.weights[name][0])
+            layer.lora_B[side].weight.data.copy_(adapter.weights[name][1])
+
+    def velocity(side: str):
+        def call(x, sigma, context):
+            theirs.set_adapter(side)
+            return their_velocity(theirs, x, sigma, context)
+        return call
+
+    batch = parts.dataset.batch(0)
+    value = train.dopsd_step(parts.cfg, parts.model, parts.run, batch, sigma_grid(SCHEDULER, 2),
+                             data.generator(0, "noise", 0))
+    whole = equation_7(velocity("student"), velocity("teacher"), batch, noise_of(batch, 0, 0), 2, "v")
+    theirs.set_adapter("student")
+    whole.backward()
+    assert value == pytest.approx(whole.item(), rel=1e-4)
+    for name, (layer, (A, B)) in layers.items():
+        assert torch.allclose(A.grad, layer.lora_A["student"].weight.grad, rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(B.grad, layer.lora_B["student"].weight.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_first_loss_of_sft(run, prepare):
+    flags = ("--method", "sft", "--steps", 1, "--seed", 9)
+    parts = prepare(*flags)
+    batch, rng = parts.dataset.batch(0), data.generator(9, "noise", 0)
+    eps = torch.randn(batch.latents.shape, generator=rng)
+    u = 1 - torch.rand(len(eps), generator=rng)
+    sigma = 3 * u / (1 + 2 * u)                                                     # the scheduler's shift is 3
+    s = sigma.view(-1, 1, 1, 1)
+    v = parts.model.velocity((1 - s) * batch.latents + s * eps, sigma, batch.student_context)
+    expected = ((v - (eps - batch.latents)) ** 2).mean().item()
+    assert metrics(run("real", *flags))[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- the update
+def test_first_update_is_clipped_adam(run, prepare):
+    parts = prepare()
+    before = {name: tensor.detach().clone() for name, tensor in parts.run.student.tensors().items()}
+    train.dopsd_step(parts.cfg, parts.model, parts.run, parts.dataset.batch(0), sigma_grid(SCHEDULER, 2),
+                     data.generator(0, "noise", 0))
+    gradients = {name: tensor.grad for name, tensor in parts.run.student.tensors().items()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    out = run("real", "--steps", 1)
+    assert metrics(out)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-5) and norm > 1
+    after = load_file(out / STATE)
+    for name, gradient in gradients.items():
+        clipped = gradient / norm
+        expected = before[name] - 1e-2 * clipped / (clipped.abs() + 1e-8)            # Adam's first step, no decay
+        assert torch.allclose(after[f"student.{name}"], expected, atol=1e-6), name
+    moved = [name for name in before if not torch.equal(before[name], after[f"student.{name}"])]
+    assert moved and all(name.endswith(".B") for name in moved)                      # B = 0 leaves A without gradient
+
+
+def test_teacher_is_the_closed_form_of_the_students(run, prepare):
+    first = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    states = [load_file(run(f"steps{n}", "--steps", n) / STATE) for n in (1, 2, 3, 4)]
+    for name, start in first.items():
+        students = [state[f"student.{name}"].double() for state in states]
+        for n in (1, 2, 3, 4):
+            expected = 0.7 ** n * start.double()
+            expected += sum(0.3 * 0.7 ** (n - i) * students[i - 1] for i in range(1, n + 1))
+            assert torch.allclose(states[n - 1][f"teacher.{name}"].double(), expected, atol=1e-7), (name, n)
+    assert largest_difference(states[2], states[3]) > 1e-3
+
+
+@pytest.mark.parametrize("ema, equal", [(0, "student"), (1, "start")])
+def test_ends_of_the_ema_range(run, prepare, ema, equal):
+    start = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    state = load_file(run("real", "--steps", 2, "--ema", ema) / STATE)
+    for name, tensor in start.items():
+        assert torch.equal(state[f"teacher.{name}"], tensor if equal == "start" else state[f"student.{name}"])
+
+
+def test_training_lowers_the_loss(run):
+    losses = [line["loss"] for line in metrics(run("long", "--steps", 20, "--ema", 1, "--batch-size", 3))]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_checkpointing_changes_no_number(run):
+    plain, recomputed = run("plain", "--steps", 3), run("recomputed", "--steps", 3, "--checkpointing")
+    for a, b in zip(metrics(plain), metrics(recomputed), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def test_what_a_run_leaves_behind(run, capsys, checkpoint):
+    out = run("name", "--steps", 3, "--sample-every", 2, "--seed", 8)
+    assert {path.name for path in out.iterdir()} == {*FILES, "config.json", "metrics.jsonl", "samples"}
+    steps = [f"step_{n:06d}.png" for n in (0, 2, 3)]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == steps
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(list(line.values())).all() and {"seconds", "loss", "gradient_norm"} <= line.keys() for line in lines)
+    config = json.loads((out / "config.json").read_text())
+    assert config["options"]["seed"] == 8 and config["options"]["ema"] == 0.7 and config["options"]["loss"] == "v"
+    assert config["versions"]["torch"] == version("torch") and "commit" in config
+    with safe_open(str(out / "student.safetensors"), "pt") as file:
+        assert all(key.startswith("transformer.") and ".lora_" in key for key in file.keys())
+    shown = capsys.readouterr().out
+    for word in (str(checkpoint), "cpu", "float32", "embedded model", "3 of 32x32", "0 -> 3", "LoRA parameters"):
+        assert word in shown
+    net = zimage.load(checkpoint, "cpu", torch.float32)
+    state = load_file(out / STATE)
+    for side in ("student", "teacher"):
+        merged = lora.load(out / f"{side}.safetensors", net)
+        for name, (A, B) in merged.weights.items():
+            assert torch.equal(A, state[f"{side}.{name}.A"])
+            assert torch.allclose(B, 2 * state[f"{side}.{name}.B"])                  # alpha / rank is 2
+
+
+def test_sft_needs_no_vlm_and_writes_no_teacher(run, copied):
+    shutil.rmtree(copied / "vlm")
+    out = run("sft", "--method", "sft", "--steps", 2, "--model", copied, "--sample-every", 2)
+    assert not (out / "teacher.safetensors").exists()
+    assert (out / "student.safetensors").is_file() and (out / STATE).is_file()
+    assert pixels(out / "samples" / "step_000002.png").shape[1] == 190 + 3 * 166     # no teacher column
+
+
+def test_out_defaults_to_the_name_of_the_data(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*base, "--steps", "1"]) == 0
+    assert (tmp_path / "out" / "photos" / STATE).is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- panels
+def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
+    present, loss = [], objectives.dopsd
+    panel = tmp_path / "real" / "samples" / "step_000000.png"
+    monkeypatch.setattr(objectives, "dopsd", lambda *args: present.append(panel.is_file()) or loss(*args))
+    run("real", "--steps", 1, "--sample-every", 1)
+    assert present == [True, True]
+
+
+def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
+    out = run("real", "--steps", 4, "--sample-every", 4, "--seed", 6, "--panel-prompt", "a [V] on mint")
+    first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 4, 4, (32, 32)) for n in (0, 4))
+    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", options.SMALL.unrelated]
+
+    def cell(*flags) -> np.ndarray:
+        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png", *flags]
+        sample.main([str(word) for word in words])
+        picture = Image.open(tmp_path / "cell.png").resize((160, 160), Image.Resampling.NEAREST)
+        return np.asarray(picture).astype(int)
+
+    for i, prompt in enumerate(prompts):
+        target, base, student, teacher = last[i]
+        assert difference(first[i][1], base) == 0 and difference(first[i][2], base) == 0       # B = 0 at the start
+        assert difference(cell("--prompt", prompt), base) == 0
+        assert difference(cell("--prompt", prompt, "--lora", out / "student.safetensors"), student) <= 2
+        shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
+        assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
+        if i < 2:
+            crop = data.crop(data.open_image(photos / f"{i}.png"), (32, 32)).resize((160, 160), Image.Resampling.NEAREST)
+            assert difference(target, np.asarray(crop).astype(int)) == 0
+    assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
+
+
+def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
+    """Two data sets with the same captions and one cache: neither may show the other's teacher, now or later."""
+    other = write_pictures(tmp_path / "other", [(40, 40)] * 5)
+    for i in (0, 1, 2):
+        (other / f"{i}.png").write_bytes((other / f"{4 - i}.png").read_bytes())
+    for i in (3, 4):
+        (other / f"{i}.png").unlink()
+        (other / f"{i}.txt").unlink()
+    flags = ("--steps", 1, "--sample-every", 1, "--cache", tmp_path / "shared")
+    runs = [run("a", *flags), run("b", *flags, "--data", other), run("again_a", *flags), run("again_b", *flags, "--data", other)]
+    first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
+    assert difference(first, second) > 10
+    assert difference(first, third) == 0 and difference(second, fourth) == 0
+
+
+def test_buckets_of_several_shapes(run, tmp_path, capsys):
+    mixed = write_pictures(tmp_path / "mixed", [(40, 40), (80, 40), (40, 40), (40, 80), (80, 40)])
+    out = run("mixed_run", "--data", mixed, "--steps", 5, "--sample-every", 5)
+    assert len(metrics(out)) == 5 and (out / "samples" / "step_000005.png").is_file()
+    shown = capsys.readouterr().out
+    assert "2 of 32x32" in shown and "2 of 40x24" in shown and "1 of 24x40" in shown
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+def test_models_are_freed_before_the_transformer_comes(run, tmp_path, monkeypatch):
+    alive = []
+
+    def watched(module, pick):
+        load = module.load
+
+        def wrapper(*args, **kwargs):
+            gc.collect()
+            assert all(ref() is None for ref in alive), "two models at once"
+            found = load(*args, **kwargs)
+            alive.extend(weakref.ref(part) for part in pick(found))
+            return found
+        monkeypatch.setattr(module, "load", wrapper)
+
+    watched(vae, lambda found: [found])
+    watched(encoder, lambda found: [found.text, found.vlm, found])
+    watched(zimage, lambda found: [])
+    run("real", "--steps", 1, "--cache", tmp_path / "new")
+    assert len(alive) == 4
+
+
+def test_second_start_loads_neither_vae_nor_encoder(run, tmp_path, monkeypatch):
+    cache = ("--steps", 1, "--cache", tmp_path / "new")
+    first = run("first", *cache)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
+
+    def refuse(*_, **__):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(vae, "load", refuse)
+    monkeypatch.setattr(encoder, "load", refuse)
+    second = run("second", *cache)
+    assert metrics(first) == metrics(second)
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
