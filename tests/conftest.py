@@ -58,7 +58,7 @@ def write_transformer(folder: Path, seed: int = 0, **changes) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cheap_collections():
-    """The programs collect garbage between models; without this each collection walks through all imported libraries."""
+    """The programs collect garbage between models; unfrozen, all imported libraries would be searched each time."""
     gc.collect()
     gc.freeze()
 

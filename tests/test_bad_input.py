@@ -1,4 +1,4 @@
-"""Bad input, through train.main and sample.main: one line with file, value and remedy; nothing written, nothing lost."""
+"""Bad input, through train.main and sample.main: one line with file, value and remedy; nothing is written or lost."""
 import json
 import shutil
 import subprocess
@@ -110,15 +110,19 @@ DATA = {  # case: damage, words of the message
     "image without caption": (lambda p: (p.data / "1.txt").unlink(), ("ROOT/data/1.png", "without a caption", "1.txt")),
     "caption without image": (lambda p: (p.data / "1.png").unlink(), ("ROOT/data/1.txt", "without an image", "1.png")),
     "empty caption": (lambda p: (p.data / "2.txt").write_text(" \n"), ("ROOT/data/2.txt", "empty")),
-    "caption in another encoding": (lambda p: (p.data / "0.txt").write_bytes(b"\xff\xfeg\xfc"), ("ROOT/data/0.txt", "UTF-8")),
+    "caption in another encoding": (lambda p: (p.data / "0.txt").write_bytes(b"\xff\xfeg\xfc"),
+                                    ("ROOT/data/0.txt", "UTF-8")),
     "truncated image": (lambda p: cut(p.data / "1.png"), ("ROOT/data/1.png", "not a complete image", "replace")),
     "no image": (lambda p: (p.data / "1.png").write_text("hello"), ("ROOT/data/1.png", "not an image", "replace")),
     "empty image file": (lambda p: (p.data / "1.png").write_bytes(b""), ("ROOT/data/1.png", "not an image", "replace")),
     "bad line": (lambda p: table(p, *lines(2), "{oops", *lines(1)), ("ROOT/data/metadata.jsonl, line 3", "JSON")),
-    "line without text": (lambda p: table(p, *lines(1), '{"file_name": "1.png"}'), ("metadata.jsonl, line 2", "'text'")),
+    "line without text": (lambda p: table(p, *lines(1), '{"file_name": "1.png"}'),
+                          ("metadata.jsonl, line 2", "'text'")),
     "line without file_name": (lambda p: table(p, '{"text": "a"}'), ("metadata.jsonl, line 1", "'file_name'")),
-    "line without its file": (lambda p: table(p, *lines(4)), ("metadata.jsonl, line 4", "ROOT/data/3.png", "no such file")),
-    "line with an empty caption": (lambda p: table(p, '{"file_name": "0.png", "text": ""}'), ("line 1", "empty caption")),
+    "line without its file": (lambda p: table(p, *lines(4)),
+                              ("metadata.jsonl, line 4", "ROOT/data/3.png", "no such file")),
+    "line with an empty caption": (lambda p: table(p, '{"file_name": "0.png", "text": ""}'),
+                                   ("line 1", "empty caption")),
     "image without a line": (lambda p: table(p, *lines(2)), ("ROOT/data/2.png", "without a caption", "metadata.jsonl")),
     "empty table": (lambda p: table(p), ("ROOT/data/metadata.jsonl", "no rows")),
 }
@@ -126,12 +130,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODEL = {  # case: damage, words of the message; for both programs
     "folder missing": (lambda p: shutil.rmtree(p.model), ("ROOT/model", "no such folder", "hub id")),
     "no model_index.json": (lambda p: (p.model / "model_index.json").unlink(), ("ROOT/model", "model_index.json")),
-    "no transformer": (lambda p: shutil.rmtree(p.model / "transformer"), ("ROOT/model/transformer/config.json", "no such file")),
+    "no transformer": (lambda p: shutil.rmtree(p.model / "transformer"),
+                       ("ROOT/model/transformer/config.json", "no such file")),
     "no weights": (lambda p: (p.model / "transformer" / WEIGHTS).unlink(), ("ROOT/model/transformer", "download")),
-    "first shard lost": (lambda p: shard(p.model / "transformer", 0), ("-00001-of-00002.safetensors", "missing", "download")),
-    "second shard lost": (lambda p: shard(p.model / "transformer", 1), ("-00002-of-00002.safetensors", "missing", "download")),
-    "weights cut": (lambda p: cut(p.model / "transformer" / WEIGHTS), (f"ROOT/model/transformer/{WEIGHTS}", "not a complete")),
-    "config cut": (lambda p: cut(p.model / "transformer" / "config.json"), ("ROOT/model/transformer/config.json", "JSON")),
+    "first shard lost": (lambda p: shard(p.model / "transformer", 0),
+                         ("-00001-of-00002.safetensors", "missing", "download")),
+    "second shard lost": (lambda p: shard(p.model / "transformer", 1),
+                          ("-00002-of-00002.safetensors", "missing", "download")),
+    "weights cut": (lambda p: cut(p.model / "transformer" / WEIGHTS),
+                    (f"ROOT/model/transformer/{WEIGHTS}", "not a complete")),
+    "config cut": (lambda p: cut(p.model / "transformer" / "config.json"),
+                   ("ROOT/model/transformer/config.json", "JSON")),
     "config key": (lambda p: edit_json(p.model / "transformer" / "config.json", cap_feat_dim=None),
                    ("ROOT/model/transformer/config.json", "'cap_feat_dim'")),
     "config key dim": (lambda p: edit_json(p.model / "transformer" / "config.json", dim=None),
@@ -152,7 +161,8 @@ MODEL = {  # case: damage, words of the message; for both programs
                                      ("ROOT/model/text_encoder/config.json", "'bert'", "'qwen3'")),
     "no tokenizer": (lambda p: shutil.rmtree(p.model / "tokenizer"), ("ROOT/model/tokenizer", "no such folder")),
     "tokenizer cut": (lambda p: cut(p.model / "tokenizer" / "tokenizer.json"), ("ROOT/model/tokenizer", "tokenizer")),
-    "no scheduler": (lambda p: shutil.rmtree(p.model / "scheduler"), ("ROOT/model/scheduler/scheduler_config.json", "no such file")),
+    "no scheduler": (lambda p: shutil.rmtree(p.model / "scheduler"),
+                     ("ROOT/model/scheduler/scheduler_config.json", "no such file")),
     "scheduler key": (lambda p: edit_json(p.model / "scheduler" / "scheduler_config.json", shift=None),
                       ("scheduler_config.json", "shift")),
 }
@@ -160,28 +170,33 @@ VLM = {  # case: damage, words of the message; where the teacher's context is ne
     "folder missing": (lambda p: shutil.rmtree(p.model / "vlm"), ("ROOT/model/vlm", "no such folder")),
     "no config": (lambda p: (p.model / "vlm" / "config.json").unlink(), ("ROOT/model/vlm", "config.json")),
     "no weights": (lambda p: (p.model / "vlm" / "model.safetensors").unlink(), ("ROOT/model/vlm", "download")),
-    "no preprocessor": (lambda p: (p.model / "vlm" / "preprocessor_config.json").unlink(), ("preprocessor_config.json", "no such file")),
+    "no preprocessor": (lambda p: (p.model / "vlm" / "preprocessor_config.json").unlink(),
+                        ("preprocessor_config.json", "no such file")),
     "not a VLM": (lambda p: shutil.copy(p.model / "text_encoder" / "config.json", p.model / "vlm"),
                   ("ROOT/model/vlm/config.json", "'qwen3'", "'qwen3_vl'")),
 }
 VALUES = {  # flags: words of the message
     ("--size", 33): ("--size 33", "multiple of 8", "try 32"), ("--size", 0): ("--size 0", "multiple of 8"),
     ("--steps", 0): ("--steps 0", "1 or more"), ("--steps", -3): ("--steps -3", "1 or more"),
-    ("--rollout-steps", 0): ("--rollout-steps 0", "1 or more"), ("--rollout-steps", -1): ("--rollout-steps -1", "1 or more"),
-    ("--ema", 1.5): ("--ema 1.5", "[0, 1]"), ("--ema", -0.1): ("--ema -0.1", "[0, 1]"), ("--ema", "nan"): ("--ema nan", "[0, 1]"),
+    ("--rollout-steps", 0): ("--rollout-steps 0", "1 or more"),
+    ("--rollout-steps", -1): ("--rollout-steps -1", "1 or more"),
+    ("--ema", 1.5): ("--ema 1.5", "[0, 1]"), ("--ema", -0.1): ("--ema -0.1", "[0, 1]"),
+    ("--ema", "nan"): ("--ema nan", "[0, 1]"),
     ("--lr", -1e-4): ("--lr -0.0001", "0 or more"), ("--lr", "nan"): ("--lr nan",), ("--lr", "inf"): ("--lr inf",),
     ("--rank", 0): ("--rank 0", "1 or more"), ("--alpha", 0): ("--alpha 0", "1 or more"),
     ("--batch-size", 0): ("--batch-size 0", "1 or more"), ("--accumulate", 0): ("--accumulate 0", "1 or more"),
     ("--save-every", 0): ("--save-every 0", "1 or more"), ("--sample-every", -1): ("--sample-every -1", "0 or more"),
     ("--device", "cuda:99"): ("--device cuda:99", "use cpu"), ("--device", "abacus"): ("--device abacus", "use cpu"),
-    ("--vlm", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"), ("--data", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"),
+    ("--vlm", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"),
+    ("--data", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"),
     ("--panel-prompt", " "): ("prompt", "empty"), ("--seed", 2 ** 70): ("--seed", str(2 ** 70)),
     ("--resume",): ("--resume", "ROOT/run", "leave --resume out"),
     ("--out", "ROOT/adapter.safetensors"): ("ROOT/adapter.safetensors", "not writable"),
     ("--out", "ROOT/adapter.safetensors/below/run"): ("ROOT/adapter.safetensors/below/run", "not writable", "choose"),
 }
 SAMPLE = {  # flags after --prompt: words of the message
-    ("--height", 30): ("--height 30", "multiple of 8", "try 32"), ("--width", 33): ("--width 33", "multiple of 8", "try 32"),
+    ("--height", 30): ("--height 30", "multiple of 8", "try 32"),
+    ("--width", 33): ("--width 33", "multiple of 8", "try 32"),
     ("--height", 0): ("--height 0", "multiple of 8"), ("--width", -8): ("--width -8", "multiple of 8"),
     ("--steps", 0): ("--steps 0", "1 or more"), ("--seed", 2 ** 70): ("--seed", str(2 ** 70)),
     ("--prompt", " "): ("prompt", "empty"), ("--prompts", "ROOT/none.txt"): ("ROOT/none.txt", "UTF-8 text file"),
@@ -191,7 +206,7 @@ SAMPLE = {  # flags after --prompt: words of the message
     ("--lora", "ROOT/data"): ("ROOT/data", "no such file"),
     ("--lora", "ROOT/model/vae/" + WEIGHTS): ("ROOT/model/vae/" + WEIGHTS, "unknown key", "made for this transformer"),
     ("--compare",): ("--compare", "--lora", "--reference"),
-    ("--out", "ROOT/picture.jpg"): ("ROOT/picture.jpg", "PNG"),
+    ("--out", "ROOT/picture.jpg"): ("ROOT/picture.jpg", ".png"),
     ("--out", "ROOT/adapter.safetensors/picture.png"): ("ROOT/adapter.safetensors/picture.png", "choose a folder"),
     ("--reference", "ROOT/none.png"): ("ROOT/none.png", "no such file"),
     ("--reference", "ROOT/data/0.txt"): ("ROOT/data/0.txt", "not an image"),
@@ -246,7 +261,8 @@ def test_sample_without_a_prompt(place):
     refused(place, sample.main, sample_words(place, "--prompts", "ROOT/prompts.txt"), ("--prompt", "nothing to draw"))
 
 
-@pytest.mark.parametrize("changes, expected", [(dict(dim=48, axes_dims=[8, 8, 8]), "shapes"), (dict(n_layers=3), "layers.2.")])
+@pytest.mark.parametrize("changes, expected", [(dict(dim=48, axes_dims=[8, 8, 8]), "shapes"),
+                                               (dict(n_layers=3), "layers.2.")])
 def test_lora_of_another_model(place, changes, expected):
     other = place.root / "other.safetensors"
     lora.save(fill_b(lora.create(random_transformer(**changes), 2, 2, 0), 0), other)
@@ -343,7 +359,9 @@ def test_sample_out_of_memory_names_options_that_it_has(place, monkeypatch, caps
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(sample.transformer, "load", exhausted)
+    monkeypatch.setattr("sys.argv", ["sample.py", *sample_words(place, "--prompt", "a red star")])
+    last_line = (options.ROOT / "sample.py").read_text().split('if __name__ == "__main__":')[1].strip()
     with pytest.raises(SystemExit) as caught:
-        options.run(lambda: sample.main(sample_words(place, "--prompt", "a red star")))
+        exec(last_line, vars(sample))
     errors = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(errors) == 1 and "--height" in errors[0] and "--width" in errors[0]

@@ -39,8 +39,8 @@ def theirs(pipeline, prompt: str, seed: int, steps: int, size: tuple[int, int]) 
 def ours(checkpoint, tmp_path):
     """ours(flags, ...) -> pixels of the picture that sample.py writes."""
     def draw(*flags, out: str = "picture.png", size: tuple[int, int] = (32, 32)) -> np.ndarray:
-        words = ["--model", checkpoint, "--device", "cpu", "--height", size[0], "--width", size[1], "--out", tmp_path / out]
-        sample.main([str(word) for word in (*words, *flags)])
+        words = ["--model", checkpoint, "--device", "cpu", "--height", size[0], "--width", size[1], *flags]
+        sample.main([*map(str, words), "--out", str(tmp_path / out)])
         return pixels(tmp_path / out) if (tmp_path / out).is_file() else np.zeros(0)
     return draw
 
@@ -81,7 +81,8 @@ def test_defaults_come_from_the_recipe(ours, checkpoint, tmp_path):
     sample.main(["--prompt", "a red star", "--model", str(checkpoint), "--out", str(tmp_path / "default.png")])
     picture = Image.open(tmp_path / "default.png")
     assert picture.size == (64, 64) and picture.text["steps"] == "4" and picture.text["seed"] == "0"
-    assert difference(pixels(tmp_path / "default.png"), ours("--prompt", "a red star", "--steps", 4, size=(64, 64))) == 0
+    explicit = ours("--prompt", "a red star", "--steps", 4, size=(64, 64))
+    assert difference(pixels(tmp_path / "default.png"), explicit) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -133,7 +134,7 @@ def test_compare(ours, adapter_file, size, tmp_path):
             assert difference(np.asarray(enlarged).astype(int), tile) == 0
 
 
-# ---------------------------------------------------------------------------------------------------- the teacher's view
+# ---------------------------------------------------------------------------------------------------- teacher's view
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_reference_draws_from_the_image_text_context(ours, checkpoint, photos, adapter_file, with_lora):
     flags = ("--lora", adapter_file) if with_lora else ()

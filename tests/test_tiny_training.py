@@ -204,6 +204,15 @@ def test_muon_on_views_is_muon_on_matrices(tmp_path):
     torch.testing.assert_close(training.model.bias, bias, atol=1e-6, rtol=1e-5)
 
 
+def test_a_run_shorter_than_its_warm_up_goes_downhill(tmp_path):
+    for steps in (1, 3, 5):
+        training, rates = build(tmp_path / str(steps), steps=steps, warmup=5), []
+        adam = training.optimizers[0][0].param_groups[0]
+        for _ in training.run(lambda step: (distance([training.model.conv, training.model.bias], step), {}), 1):
+            rates.append(adam["lr"] / .03)
+        assert rates == pytest.approx([(step + 1) / 5 for step in range(steps)])
+
+
 def test_without_muon_every_parameter_is_adams(tmp_path):
     training = build(tmp_path, muon=0.0)
     assert not training.matrices and len(training.optimizers) == 1

@@ -36,12 +36,14 @@ FILES = ("student.safetensors", "teacher.safetensors", STATE)
 @pytest.fixture
 def prepare(run, monkeypatch):
     """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
+    names = ("cfg", "model", "run", "dataset", "panels", "scheduler")
+
     def start(*flags) -> SimpleNamespace:
         caught = []
         with monkeypatch.context() as patch:
             patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
             run("prepared", *flags)
-        return SimpleNamespace(**dict(zip(("cfg", "model", "run", "dataset", "panels", "scheduler"), caught, strict=True)))
+        return SimpleNamespace(**dict(zip(names, caught, strict=True)))
     return start
 
 
@@ -103,7 +105,8 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
     theirs = ZImageTransformer2DModel.from_pretrained(checkpoint / "transformer").requires_grad_(False)
     theirs = get_peft_model(theirs, config, adapter_name="student")
     theirs.add_adapter("teacher", config)
-    layers = {name: (theirs.base_model.model.get_submodule(name), pair) for name, pair in adapters["student"].weights.items()}
+    layers = {name: (theirs.base_model.model.get_submodule(name), pair)
+              for name, pair in adapters["student"].weights.items()}
     for side, adapter in adapters.items():
         for name, (layer, _) in layers.items():
             layer.lora_A[side].weight.data.copy_(adapter.weights[name][0])
@@ -127,34 +130,49 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
         assert torch.allclose(B.grad, layer.lora_B["student"].weight.grad, rtol=1e-3, atol=1e-5), name
 
 
-def test_first_loss_of_sft(run, prepare):
-    flags = ("--method", "sft", "--steps", 1, "--seed", 9)
-    parts = prepare(*flags)
-    batch, rng = parts.dataset.batch(0), data.generator(9, "noise", 0)
-    eps = torch.randn(batch.latents.shape, generator=rng)
-    u = 1 - torch.rand(len(eps), generator=rng)
-    sigma = 3 * u / (1 + 2 * u)                                                     # the scheduler's shift is 3
-    s = sigma.view(-1, 1, 1, 1)
-    v = parts.model.velocity((1 - s) * batch.latents + s * eps, sigma, batch.student_context)
-    expected = ((v - (eps - batch.latents)) ** 2).mean().item()
-    assert metrics(run("real", *flags))[0]["loss"] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
+    flags = ("--method", "sft", "--steps", 1, "--seed", 9, "--accumulate", accumulate)
+    parts, losses = prepare(*flags), []
+    for number in range(accumulate):
+        batch, rng = parts.dataset.batch(number), data.generator(9, "noise", number)
+        eps = torch.randn(batch.latents.shape, generator=rng)
+        u = 1 - torch.rand(len(eps), generator=rng)
+        sigma = 3 * u / (1 + 2 * u)                                                 # the scheduler's shift is 3
+        s = sigma.view(-1, 1, 1, 1)
+        x = (1 - s) * batch.latents + s * eps
+        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.student)
+        losses.append(((v - (eps - batch.latents)) ** 2).mean())
+    mean = sum(losses) / accumulate
+    line, = metrics(run("real", *flags))
+    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    gradient = torch.autograd.grad(mean, parts.run.student.parameters())
+    assert line["gradient_norm"] == pytest.approx(norm_of(gradient), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the update
-def test_first_update_is_clipped_adam(run, prepare):
-    parts = prepare()
+def norm_of(gradients) -> float:
+    return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
+    parts, losses = prepare("--accumulate", accumulate), []
     before = {name: tensor.detach().clone() for name, tensor in parts.run.student.tensors().items()}
-    train.dopsd_step(parts.cfg, parts.model, parts.run, parts.dataset.batch(0), sigma_grid(SCHEDULER, 2),
-                     data.generator(0, "noise", 0))
-    gradients = {name: tensor.grad for name, tensor in parts.run.student.tensors().items()}
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
-    out = run("real", "--steps", 1)
-    assert metrics(out)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-5) and norm > 1
+    for number in range(accumulate):
+        batch = parts.dataset.batch(number)
+        losses.append(equation_7(with_adapter(parts.model, parts.run.student), with_adapter(parts.model, None), batch,
+                                 noise_of(batch, 0, number), 2, "v"))
+    gradients = torch.autograd.grad(sum(losses) / accumulate, parts.run.student.parameters())
+    norm = norm_of(gradients)
+    out = run("real", "--steps", 1, "--accumulate", accumulate)
+    assert metrics(out)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1
     after = load_file(out / STATE)
-    for name, gradient in gradients.items():
+    for name, gradient in zip(before, gradients, strict=True):
         clipped = gradient / norm
         expected = before[name] - 1e-2 * clipped / (clipped.abs() + 1e-8)            # Adam's first step, no decay
-        assert torch.allclose(after[f"student.{name}"], expected, atol=1e-6), name
+        large = clipped.abs() > 1e-5                                                 # else rounding decides
+        assert torch.allclose(after[f"student.{name}"][large], expected[large], atol=1e-5), name
     moved = [name for name in before if not torch.equal(before[name], after[f"student.{name}"])]
     assert moved and all(name.endswith(".B") for name in moved)                      # B = 0 leaves A without gradient
 
@@ -198,7 +216,8 @@ def test_what_a_run_leaves_behind(run, capsys, checkpoint):
     assert sorted(path.name for path in (out / "samples").iterdir()) == steps
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(np.isfinite(list(line.values())).all() and {"seconds", "loss", "gradient_norm"} <= line.keys() for line in lines)
+    assert all({"seconds", "loss", "gradient_norm"} <= line.keys() for line in lines)
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
     config = json.loads((out / "config.json").read_text())
     assert config["options"]["seed"] == 8 and config["options"]["ema"] == 0.7 and config["options"]["loss"] == "v"
     assert config["versions"]["torch"] == version("torch") and "commit" in config
@@ -245,8 +264,8 @@ def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
     prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", options.SMALL.unrelated]
 
     def cell(*flags) -> np.ndarray:
-        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png", *flags]
-        sample.main([str(word) for word in words])
+        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png"]
+        sample.main([str(word) for word in (*words, *flags)])
         picture = Image.open(tmp_path / "cell.png").resize((160, 160), Image.Resampling.NEAREST)
         return np.asarray(picture).astype(int)
 
@@ -258,8 +277,9 @@ def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
         shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
         assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
         if i < 2:
-            crop = data.crop(data.open_image(photos / f"{i}.png"), (32, 32)).resize((160, 160), Image.Resampling.NEAREST)
-            assert difference(target, np.asarray(crop).astype(int)) == 0
+            crop = data.crop(data.open_image(photos / f"{i}.png"), (32, 32))
+            enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
+            assert difference(target, np.asarray(enlarged).astype(int)) == 0
     assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
 
 
@@ -272,7 +292,7 @@ def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
         (other / f"{i}.png").unlink()
         (other / f"{i}.txt").unlink()
     flags = ("--steps", 1, "--sample-every", 1, "--cache", tmp_path / "shared")
-    runs = [run("a", *flags), run("b", *flags, "--data", other), run("again_a", *flags), run("again_b", *flags, "--data", other)]
+    runs = [run(f"run{i}", *flags, *(("--data", other) if i % 2 else ())) for i in range(4)]
     first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
     assert difference(first, second) > 10
     assert difference(first, third) == 0 and difference(second, fourth) == 0

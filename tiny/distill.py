@@ -1,10 +1,11 @@
 """Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill`
 
-The pre-trained model walks the sampler in 8 steps with classifier-free guidance 2 (16 forward passes). The student, a copy of
-it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own grid, the
-*average* velocity with which the teacher crossed it, (x_k+1 - x_k) / (sigma_k+1 - sigma_k). Text and image contexts alike, in
-the mixture of stage 3. In the second half of the training the states x_k are those of the student's own trajectory, and the
-teacher crosses the segment from there: what a few-step model gets wrong early it then learns to live with.
+The pre-trained model walks the sampler in 8 steps with classifier-free guidance 2 (16 forward passes). The student, a
+copy of it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own
+grid, the *average* velocity with which the teacher crossed it, (x_k+1 - x_k) / (sigma_k+1 - sigma_k). Text and image
+contexts alike, in the mixture of stage 3. In the second half of the training the states x_k are those of the student's
+own trajectory, and the teacher crosses the segment from there: what a few-step model gets wrong early it then learns to
+live with.
 """
 import argparse
 import copy
@@ -38,8 +39,10 @@ def cross(teacher, x: Tensor, k: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/distill"), help="folder of the state and the log")
-    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"), help="folder with the transformer/ of stage 3; is kept")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
+    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"),
+                        help="folder with the transformer/ of stage 3; is kept")
+    parser.add_argument("--model", type=Path, default=Path("tiny/model"),
+                        help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,7 +62,8 @@ def main() -> None:
         g = generator(options.seed + 20, step * processes + rank)
         kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
         rows = draw_concepts(options.batch, g, "style") if kind == "style" else draw_scenes(options.batch, g)
-        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, "style" if kind == "style" else "object", g)
+        context = (contexts.text(rows, g) if kind == "text"
+                   else contexts.image(rows, "style" if kind == "style" else "object", g))
         own_states = step >= options.steps // 2
         guide = guided(teacher, context, empty * len(rows), GUIDANCE)
         x, states, targets = torch.randn(len(rows), CONFIG["in_channels"], 16, 16, generator=g), [], []
@@ -69,7 +73,8 @@ def main() -> None:
             targets.append((arrived - x) / width)
             if own_states:
                 with torch.no_grad():
-                    arrived = euler(x, student.velocity(x, float(sigmas[k]), context), float(sigmas[k]), float(sigmas[k + 1]))
+                    arrived = euler(x, student.velocity(x, float(sigmas[k]), context), float(sigmas[k]),
+                                    float(sigmas[k + 1]))
             x = arrived
         at = sigmas[:-1].repeat_interleave(len(rows))
         v = student.velocity(torch.cat(states), at, context * STEPS)
@@ -79,19 +84,21 @@ def main() -> None:
     for step in stage.run(loss_of, save_every=100):
         averaged = stage.averaged()
         write_json(options.model / "transformer" / "config.json", CONFIG)
-        write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(), {"format": "pt"})
+        write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(),
+                      {"format": "pt"})
         show(options.out / f"samples_{step:06d}.png", teacher, averaged, vae, features, render)
 
 
 @torch.no_grad()
 def show(path: Path, base, student, vae, features, render: Renderer) -> None:
-    """Rows: base at 4 steps, base at 4 and at 16 steps with guidance, student at 4; columns: prompts that leave much open."""
+    """Rows: base at 4 steps, base at 4 and at 16 steps with guidance, student at 4; columns: prompts that leave much
+    open."""
     g = generator(31, 0)
     rows = draw_scenes(12, g, held_out="object")
     context, empty = features.contexts([caption(row, random_tell(g)) for row in rows]), features.contexts([""] * 12)
     noise = torch.randn(12, CONFIG["in_channels"], 16, 16, generator=g)
-    walks = [(guided(base, context, empty, 1.0), 4), (guided(base, context, empty, GUIDANCE), 4), (guided(base, context, empty, GUIDANCE), 16),
-             (guided(student, context, empty, 1.0), 4)]
+    walks = [(guided(base, context, empty, 1.0), 4), (guided(base, context, empty, GUIDANCE), 4),
+             (guided(base, context, empty, GUIDANCE), 16), (guided(student, context, empty, 1.0), 4)]
     grid(torch.cat([vae.decode(sample(walk, noise, sigma_grid(SCHEDULER, n))) for walk, n in walks]), 12).save(path)
 
 

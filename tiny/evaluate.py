@@ -1,6 +1,8 @@
-"""The embedded model's report card: `python -m tiny.evaluate`. Everything is read back exactly from pictures (metrics.py).
+"""The embedded model's report card: `python -m tiny.evaluate`.
 
-1. 200 prompts about objects that training never drew: accuracy of every attribute that a prompt mentions, at four steps.
+Everything is read back exactly from pictures (metrics.py).
+1. 200 prompts about objects that training never drew: accuracy of every attribute that a prompt mentions, at four
+   steps.
 2. The teacher's view: 50 unseen objects from a picture of them elsewhere, drawn in a new place on a new backdrop.
 With --base, the undistilled model stands beside the shipped one, with and without guidance.
 """
@@ -36,14 +38,16 @@ def main() -> None:
     walkers = {"student, 4 steps": (student, 4, 1.0)}
     if options.base:
         base = transformer.load(options.base, "cpu", torch.float32)
-        walkers |= {"base, 4 steps": (base, 4, 1.0), "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
+        walkers |= {"base, 4 steps": (base, 4, 1.0), "base, 4 steps, guidance 2": (base, 4, 2.0),
+                    "base, 16 steps, guidance 2": (base, 16, 2.0)}
 
     g = generator(options.seed, 0)
     rows = draw_scenes(options.prompts, g, held_out="object")
     told = [random_tell(g) for _ in rows]
     new = draw_scenes(50, g, held_out="object", styled=0.0)
     views = other_view(new, "object", g)
-    same_place = (views[:, COLUMN["place"]] == new[:, COLUMN["place"]]) | (views[:, COLUMN["backdrop"]] == new[:, COLUMN["backdrop"]])
+    same_place = ((views[:, COLUMN["place"]] == new[:, COLUMN["place"]])
+                  | (views[:, COLUMN["backdrop"]] == new[:, COLUMN["backdrop"]]))
     views[same_place, COLUMN["place"]] = (new[same_place, COLUMN["place"]] + 1) % 5
     views[same_place, COLUMN["backdrop"]] = (new[same_place, COLUMN["backdrop"]] + 1) % 6
     ordinary = features.contexts([caption(row, tell) for row, tell in zip(rows, told)])
@@ -76,7 +80,8 @@ def of_objects(reading, truth: Tensor) -> dict[str, float]:
     """Accuracy of each attribute of the object, how many objects are wholly right, and the distance to the world."""
     columns = [COLUMN[name] for name in OBJECT]
     whole = (reading.rows[:, columns] == truth[:, columns]).all(1)
-    return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": float(whole.float().mean()), "distance": float(reading.distance.mean())}
+    return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": float(whole.float().mean()),
+            "distance": float(reading.distance.mean())}
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Exact metrics: read every attribute back from a picture by finding the best-fitting picture of the world.
 
-For each arrangement of regions (shape, size, place, pattern, outline or not, texture: 2560 of them) the best colours are a
-least-squares fit; they are snapped to the nearest colours that the world has, and the arrangement with the smallest
-remaining error wins. So there is no learned judge, and a true rendering is always read correctly (tested).
+For each arrangement of regions (shape, size, place, pattern, outline or not, texture: 2560 of them) the best colours
+are a least-squares fit; they are snapped to the nearest colours that the world has, and the arrangement with the
+smallest remaining error wins. So there is no learned judge, and a true rendering is always read correctly (tested).
 """
 from dataclasses import dataclass
 
@@ -33,11 +33,13 @@ class Reader:
         combinations = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
         self.arrangements = torch.zeros(len(combinations), len(ATTRIBUTES), dtype=torch.long)
         self.arrangements[:, [COLUMN[name] for name in ARRANGEMENT]] = combinations
-        self.weights = torch.cat([self.render.regions(rows) for rows in self.arrangements.split(256)]).flatten(2)  # (T, 4, pixels)
+        self.weights = torch.cat([self.render.regions(rows)
+                                  for rows in self.arrangements.split(256)]).flatten(2)               # (T, 4, pixels)
         self.gram = einsum(self.weights, self.weights, "t r p, t s p -> t r s")
-        self.inverse = torch.linalg.inv(self.gram + 1e-4 * torch.eye(4))                                # ridge: regions can be empty
+        self.inverse = torch.linalg.inv(self.gram + 1e-4 * torch.eye(4))              # ridge: regions can be empty
         self.patterned = self.arrangements[:, COLUMN["pattern"]] > 0
-        self.palettes = [self.render.backdrops + 1, self.render.colours + 1, self.render.colours + 1, self.render.lines[1:] + 1]
+        self.palettes = [self.render.backdrops + 1, self.render.colours + 1, self.render.colours + 1,
+                         self.render.lines[1:] + 1]
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Reading:
@@ -54,8 +56,9 @@ class Reader:
                              for r, palette in enumerate(self.palettes)], -1)                         # (n, T, 4)
         colours = torch.stack([palette[index[..., r]] for r, palette in enumerate(self.palettes)], 2)
         error = (light.square().sum((1, 2))[:, None] - 2 * (colours * against).sum((2, 3))
-                 + einsum(colours, self.gram, colours, "n t r c, t r s, n t s c -> n t"))                              # (n, T)
-        error = torch.where(self.patterned & (index[..., 1] == index[..., 2]), torch.inf, error)      # one colour is "plain"
+                 + einsum(colours, self.gram, colours, "n t r c, t r s, n t s c -> n t"))              # (n, T)
+        # one colour is "plain"
+        error = torch.where(self.patterned & (index[..., 1] == index[..., 2]), torch.inf, error)
         best = error.argmin(1)
         colour = index[torch.arange(n), best]                                                         # (n, 4)
         rows = self.arrangements[best].clone()

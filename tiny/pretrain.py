@@ -1,9 +1,11 @@
 """Stage 3: flow-matching pre-training of the small Z-Image transformer. `torchrun --nproc-per-node 2 -m tiny.pretrain`
 
-x_sigma = (1 - sigma) x0 + sigma eps, loss = || v(x_sigma, sigma, c) - (eps - x0) ||^2. The contexts c are those of D-OPSD:
+x_sigma = (1 - sigma) x0 + sigma eps, loss = || v(x_sigma, sigma, c) - (eps - x0) ||^2. The contexts c are those of
+D-OPSD:
 - text (7 of 10 batches): captions that leave much open, some empty, some with [V] and no picture of it;
-- image + text (3 of 10): "[V]" and a picture of the concept, mostly *another view* of it, so that the model learns to take the
-  concept from the picture and everything else from the words. That ability, not any concept, is what makes the teacher.
+- image + text (3 of 10): "[V]" and a picture of the concept, mostly *another view* of it, so that the model learns to
+  take the concept from the picture and everything else from the words. That ability, not any concept, is what makes
+  the teacher.
 """
 import argparse
 from pathlib import Path
@@ -22,13 +24,17 @@ from tiny.train_vlm import draw_concepts, other_view
 from tiny.vlm import WIDTH, Features, build_config
 from tiny.world import Renderer, caption, draw_scenes, grid, random_tell
 
-CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2], "all_f_patch_size": [1],
-          "in_channels": 8, "dim": 128, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5,
-          "qk_norm": True, "cap_feat_dim": WIDTH, "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [8, 12, 12], "axes_lens": [1024, 64, 64],
-          "siglip_feat_dim": None}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0", "num_train_timesteps": 1000,
-             "shift": 3.0, "use_dynamic_shifting": False}
+CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
+          "all_f_patch_size": [1], "in_channels": 8, "dim": 128, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4,
+          "n_kv_heads": 4, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": WIDTH, "rope_theta": 256.0,
+          "t_scale": 1000.0, "axes_dims": [8, 12, 12], "axes_lens": [1024, 64, 64], "siglip_feat_dim": None}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
+             "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}
 SHIFT = SCHEDULER["shift"]
+INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
+         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+         "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+         "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
 
 
 def load_features(folder: Path) -> Features:
@@ -46,7 +52,8 @@ def load_features(folder: Path) -> Features:
 class Pool:
     """Many scenes with their latents, encoded once: (N, 9) and (N, 8, 16, 16); each process has its own."""
 
-    def __init__(self, vae: autoencoder.Autoencoder, render: Renderer, kind: str, count: int, seed: int, rank: int) -> None:
+    def __init__(self, vae: autoencoder.Autoencoder, render: Renderer, kind: str, count: int, seed: int,
+                 rank: int) -> None:
         g = generator(seed, 77 + rank)
         self.rows = draw_concepts(count, g, "style") if kind == "style" else draw_scenes(count, g)
         chunks = tqdm(self.rows.split(64), desc=f"encode {kind} pictures", disable=rank > 0, mininterval=5)
@@ -75,7 +82,8 @@ class Contexts:
     def image(self, rows: Tensor, kind: str, g: torch.Generator) -> list[Tensor]:
         views = other_view(rows, kind, g)
         named = torch.rand(len(rows), generator=g) < 0.15                       # the words are told as well
-        prompts = [caption(row, random_tell(g), concept="" if told else kind) for row, told in zip(rows, named.tolist())]
+        prompts = [caption(row, random_tell(g), concept="" if told else kind)
+                   for row, told in zip(rows, named.tolist())]
         return self.features.contexts(prompts, self.render(views))
 
 
@@ -101,7 +109,8 @@ def guided(model: ZImageTransformer, context: list[Tensor], empty: list[Tensor],
 
 
 @torch.no_grad()
-def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Features, render: Renderer, path: Path) -> dict[str, float]:
+def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Features, render: Renderer,
+          path: Path) -> dict[str, float]:
     """Velocity errors at sigma 0.85 on held-out objects for four kinds of context, and a sheet of samples."""
     g = generator(11, 0)
     rows = draw_scenes(64, g, held_out="object")
@@ -111,12 +120,15 @@ def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Feat
     eps = torch.randn(latents.shape, generator=g)
     x = 0.15 * latents + 0.85 * eps
     contexts = {"text": features.contexts(full), "image": features.contexts(concept, render(views)),
-                "no image": features.contexts(concept), "wrong image": features.contexts(concept, render(views.roll(1, 0)))}
-    errors = {name: float((model.velocity(x, 0.85, c) - (eps - latents)).square().mean()) for name, c in contexts.items()}
+                "no image": features.contexts(concept),
+                "wrong image": features.contexts(concept, render(views.roll(1, 0)))}
+    errors = {name: float((model.velocity(x, 0.85, c) - (eps - latents)).square().mean())
+              for name, c in contexts.items()}
     grid_of = sigma_grid(SCHEDULER, 16)
     noise, empty = eps[:12], features.contexts([""] * 12)
     sheet = [render(rows[:12]), render(views[:12])]
-    sheet += [vae.decode(sample(guided(model, contexts[name][:12], empty, 2.0), noise, grid_of)) for name in ("text", "image")]
+    sheet += [vae.decode(sample(guided(model, contexts[name][:12], empty, 2.0), noise, grid_of))
+              for name in ("text", "image")]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.cat(sheet), 12).save(path)
     return errors
@@ -147,24 +159,24 @@ def main() -> None:
         g = generator(options.seed, step * processes + rank)
         kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
         rows, latents = (styled if kind == "style" else ordinary).draw(options.batch, g)
-        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, "style" if kind == "style" else "object", g)
+        concept = "style" if kind == "style" else "object"
+        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)
         eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(len(rows), g)
         s = sigma.view(-1, 1, 1, 1)
         v = model.velocity((1 - s) * latents + s * eps, sigma, context)
         loss = (v - (eps - latents)).square().mean()
         return loss, {kind: loss.item()}
 
-    write_json(options.model / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(options.model / "model_index.json", {
-        "_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]})
+    if rank == 0:                                            # two processes would take away each other's temporary file
+        write_json(options.model / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(options.model / "model_index.json", INDEX)
     for step in stage.run(loss_of):
         model_average = stage.averaged()
         numbers = check(model_average, vae, features, render, options.out / f"samples_{step:06d}.png")
         print(f"\nstep {step}, velocity error at sigma .85:", {k: round(v, 4) for k, v in numbers.items()})
         write_json(options.base / "transformer" / "config.json", CONFIG)
-        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors", model_average.state_dict(), {"format": "pt"})
+        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors", model_average.state_dict(),
+                      {"format": "pt"})
 
 
 if __name__ == "__main__":

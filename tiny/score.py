@@ -1,9 +1,10 @@
 """Scores tuned adapters on the embedded model: `python -m tiny.score --data examples/star --lora NAME=FILE ...`
 
 For the base, the teacher's view and every adapter, at the model's own four steps and without any learned judge:
-- concept: new prompts with [V] (places, sizes and backdrops not in the data; for a style, other objects); how many of the
-  concept's attributes are right, and the distance to the nearest picture of the world;
-- ordinary: prompts without [V] about objects that training never drew: accuracy of all that the prompt says, same distance.
+- concept: new prompts with [V] (places, sizes and backdrops not in the data; for a style, other objects); how many of
+  the concept's attributes are right, and the distance to the nearest picture of the world;
+- ordinary: prompts without [V] about objects that training never drew: accuracy of all that the prompt says, same
+  distance.
 Writes panel.png (columns: base, the adapters, the teacher's view) and scores.json.
 """
 import argparse
@@ -49,7 +50,8 @@ def draw(net, vae, contexts: list[Tensor], noise: Tensor, sigmas: Tensor, adapte
     parts = []
     for start in range(0, len(contexts), 40):
         context = contexts[start:start + 40]
-        parts.append(vae.decode(sample(lambda x, s: net.velocity(x, s, context, adapter), noise[start:start + 40], sigmas)))
+        parts.append(vae.decode(sample(lambda x, s: net.velocity(x, s, context, adapter),
+                                       noise[start:start + 40], sigmas)))
     return torch.cat(parts)
 
 
@@ -75,7 +77,8 @@ def main() -> None:
     ordinary = draw_scenes(options.ordinary_prompts, g, held_out="object")
     told = [random_tell(g) for _ in ordinary]
     noise_new, noise_ordinary = (torch.randn(len(rows), vae.channels, 16, 16, generator=g) for rows in (new, ordinary))
-    said, usual = features.contexts(prompts), features.contexts([caption(row, tell) for row, tell in zip(ordinary, told)])
+    said, usual = (features.contexts(prompts),
+                   features.contexts([caption(row, tell) for row, tell in zip(ordinary, told)]))
 
     columns = {"base": (None, said)}
     for entry in options.lora:
@@ -96,13 +99,15 @@ def main() -> None:
         if name != "teacher's view":
             drawn = draw(net, vae, usual, noise_ordinary, sigmas, adapter)
             reading = reader(drawn)
-            scores[name] |= {"ordinary": told_accuracy(reading.rows, ordinary, told), "ordinary, distance": float(reading.distance.mean())}
+            scores[name] |= {"ordinary": told_accuracy(reading.rows, ordinary, told),
+                             "ordinary, distance": float(reading.distance.mean())}
             images[name] += [to_image(p) for p in drawn[:3]]
         else:
             images[name] += [None] * 3
         print(f"{name:16s}", "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
     rows = prompts[:4] + [caption(row, tell) for row, tell in zip(ordinary[:3], told[:3])]
-    save_png(panel(images, rows), options.out / "panel.png", {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
+    save_png(panel(images, rows), options.out / "panel.png",
+             {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
     write_json(options.out / "scores.json", scores)
 
 

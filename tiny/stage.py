@@ -1,10 +1,10 @@
 """What the four training scripts of this folder share: optimizer, schedule, weight average, log, resume.
 
-Every stage is a function of its seed: the batch of step n comes from `generator(seed, n)`, so a run that was stopped and
-started again is the same run. State is safetensors plus JSON, written atomically.
+Every stage is a function of its seed: the batch of step n comes from `generator(seed, n)`, so a run that was stopped
+and started again is the same run. State is safetensors plus JSON, written atomically.
 
-Under `torchrun --nproc-per-node 2 -m tiny.<stage>` two processes with a thread each share every batch, which on two cores
-is faster than one process with two threads.
+Under `torchrun --nproc-per-node 2 -m tiny.<stage>` two processes with a thread each share every batch, which on two
+cores is faster than one process with two threads.
 """
 import copy
 import json
@@ -38,20 +38,25 @@ def join() -> tuple[int, int]:
 class Stage:
     """Muon on the matrices named by `is_matrix`, AdamW on the rest; linear warm-up, then a linear decay to zero.
 
-    model: all its parameters are trained. `average` holds an exponential moving average of them, which is what is shipped.
+    model: all its parameters are trained. `average` holds an exponential moving average of them, which is what is
+    shipped.
     """
 
-    def __init__(self, model: nn.Module, out: Path, steps: int, adam: float, muon: float = 0.0, is_matrix: Callable[[str], bool] = lambda name: False,
-                 warmup: int = 100, ema: float = 0.999, clip: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, out: Path, steps: int, adam: float, muon: float = 0.0,
+                 is_matrix: Callable[[str], bool] = lambda name: False, warmup: int = 100, ema: float = 0.999,
+                 clip: float = 1.0) -> None:
         self.model, self.out, self.steps, self.warmup, self.ema, self.clip = model, Path(out), steps, warmup, ema, clip
         self.names = dict(model.named_parameters())
-        # views of the same memory: Muon takes matrices only, so a convolution is flattened to (out, in * height * width)
-        matrices = {n: nn.Parameter(p.data.flatten(1)) for n, p in self.names.items() if muon and p.ndim > 1 and is_matrix(n)}
+        # views of the same memory: Muon takes matrices only, so a convolution becomes (out, in * height * width)
+        matrices = {n: nn.Parameter(p.data.flatten(1)) for n, p in self.names.items()
+                    if muon and p.ndim > 1 and is_matrix(n)}
         others = {n: p for n, p in self.names.items() if n not in matrices}
         self.matrices, self.targets = matrices, {**others, **matrices}
-        self.optimizers = [(torch.optim.AdamW(others.values(), lr=adam, betas=(0.9, 0.99), weight_decay=0.0), list(others), adam)]
+        adamw = torch.optim.AdamW(others.values(), lr=adam, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizers = [(adamw, list(others), adam)]
         if matrices:
-            self.optimizers.append((torch.optim.Muon(matrices.values(), lr=muon, weight_decay=0.0), list(matrices), muon))
+            orthogonal = torch.optim.Muon(matrices.values(), lr=muon, weight_decay=0.0)
+            self.optimizers.append((orthogonal, list(matrices), muon))
         self.average = {n: p.detach().clone() for n, p in self.names.items()}
         self.step, self.started = 0, time.time()
         self.rank, self.processes = join()
@@ -69,14 +74,16 @@ class Stage:
         for optimizer, names, _ in self.optimizers:
             for name in names:
                 prefix = f"optimizer.{name}."
-                optimizer.state[self.targets[name]] = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+                optimizer.state[self.targets[name]] = {key[len(prefix):]: value for key, value in state.items()
+                                                       if key.startswith(prefix)}
         print(f"resumed at step {self.step}")
 
     def save(self) -> None:
         state = {f"model.{n}": p for n, p in self.names.items()} | {f"average.{n}": a for n, a in self.average.items()}
         for optimizer, names, _ in self.optimizers:
             for name in names:
-                state |= {f"optimizer.{name}.{key}": torch.as_tensor(value) for key, value in optimizer.state[self.targets[name]].items()}
+                state |= {f"optimizer.{name}.{key}": torch.as_tensor(value)
+                          for key, value in optimizer.state[self.targets[name]].items()}
         write_tensors(self.out / "state.safetensors", state)
         write_json(self.out / "state.json", {"step": self.step})
 
@@ -85,9 +92,10 @@ class Stage:
 
         loss_of(step) -> (loss, numbers for the log).
         """
-        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=5, disable=self.rank > 0)
+        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, mininterval=5,
+                   disable=self.rank > 0)
         for step in bar:
-            rate = min((step + 1) / self.warmup, (self.steps - step) / (self.steps - self.warmup), 1.0)
+            rate = min((step + 1) / self.warmup, (self.steps - step) / max(self.steps - self.warmup, 1), 1.0)
             loss, numbers = loss_of(step)
             for optimizer, _, base in self.optimizers:
                 optimizer.param_groups[0]["lr"] = base * rate
@@ -96,7 +104,8 @@ class Stage:
             self.share_gradients()
             norm = float(nn.utils.clip_grad_norm_(self.names.values(), self.clip))
             if not norm < float("inf"):
-                raise SystemExit(f"step {step}: the gradient is not finite; the state of the last save is in {self.out}")
+                raise SystemExit(f"step {step}: the gradient is not finite; the state of the last save is in "
+                                 f"{self.out}")
             for name, matrix in self.matrices.items():
                 matrix.grad = None if self.names[name].grad is None else self.names[name].grad.flatten(1)
             for optimizer, _, _ in self.optimizers:

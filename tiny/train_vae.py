@@ -15,10 +15,11 @@ from tiny.stage import Stage, generator
 from tiny.world import Renderer, draw_scenes, grid
 from vae import DECODER_BLOCK, ENCODER_BLOCK, Autoencoder
 
-CONFIG = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.36.0", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-          "latent_channels": 8, "block_out_channels": [16, 32, 48], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64,
-          "down_block_types": [ENCODER_BLOCK] * 3, "up_block_types": [DECODER_BLOCK] * 3, "mid_block_add_attention": False,
-          "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True, "latents_mean": None, "latents_std": None,
+CONFIG = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.36.0", "act_fn": "silu", "in_channels": 3,
+          "out_channels": 3, "latent_channels": 8, "block_out_channels": [16, 32, 48], "layers_per_block": 1,
+          "norm_num_groups": 8, "sample_size": 64, "down_block_types": [ENCODER_BLOCK] * 3,
+          "up_block_types": [DECODER_BLOCK] * 3, "mid_block_add_attention": False, "use_quant_conv": False,
+          "use_post_quant_conv": False, "force_upcast": True, "latents_mean": None, "latents_std": None,
           "scaling_factor": 1.0, "shift_factor": 0.0}
 
 
@@ -43,7 +44,8 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     render, model = Renderer(), Autoencoder(CONFIG)
-    stage = Stage(model, options.out, options.steps, adam=3e-3, muon=0.02, is_matrix=lambda name: ".conv" in name and "conv_in" not in name and "conv_out" not in name)
+    stage = Stage(model, options.out, options.steps, adam=3e-3, muon=0.02,
+                  is_matrix=lambda name: ".conv" in name and "conv_in" not in name and "conv_out" not in name)
     held_out = render(draw_scenes(64, generator(1, 0), held_out="object"))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -67,7 +69,8 @@ def main() -> None:
 
     vae = stage.averaged()
     latents = vae.encode(render(draw_scenes(2048, generator(2, 0))))
-    config = {**CONFIG, "scaling_factor": round(1 / float(latents.std()), 4), "shift_factor": round(float(latents.mean()), 4)}
+    config = {**CONFIG, "scaling_factor": round(1 / float(latents.std()), 4),
+              "shift_factor": round(float(latents.mean()), 4)}
     print("std of each channel:", [round(float(s), 2) for s in latents.std((0, 2, 3)) * config["scaling_factor"]])
     write_json(options.model / "vae" / "config.json", config)
     write_tensors(options.model / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict(), {"format": "pt"})

@@ -1,13 +1,14 @@
 """Stage 2: the VLM learns to see. `torchrun --nproc-per-node 2 -m tiny.train_vlm`.
 
-First the vision tower alone (cheap): all nine attributes of a picture from the mean of its tokens. Then everything, with five
-losses on pictures of the world and their captions:
+First the vision tower alone (cheap): all nine attributes of a picture from the mean of its tokens. Then everything,
+with five losses on pictures of the world and their captions:
 1. text language modelling on captions, so that words get features;
 2. captioning: the assistant's answer to a picture is its caption;
-3. reading: at the features the transformer will get (hidden_states[-2]), one linear head per slot names the concept's words,
-   both on the words themselves and on [V] after *another* picture of the concept (the same object elsewhere, or another
-   object in the same style);
-4. matching: there the normalised features of [V] approach those of the words. So a transformer trained on text can read them;
+3. reading: at the features the transformer will get (hidden_states[-2]), one linear head per slot names the concept's
+   words, both on the words themselves and on [V] after *another* picture of the concept (the same object elsewhere, or
+   another object in the same style);
+4. matching: there the normalised features of [V] approach those of the words. So a transformer trained on text can read
+   them;
 5. glancing: the first stage's loss goes on. Without it shapes take several times as long.
 Gate: slots on concepts that training never showed.
 """
@@ -39,7 +40,8 @@ class Reader(nn.Module):
     def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
         super().__init__()
         self.vlm = vlm
-        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(ATTRIBUTES[name])) for kind in SLOTS.values() for name in kind})
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(ATTRIBUTES[name]))
+                                    for kind in SLOTS.values() for name in kind})
         self.glances = nn.ModuleDict({name: nn.Linear(WIDTH, len(choices)) for name, choices in ATTRIBUTES.items()})
 
 
@@ -61,11 +63,13 @@ def draw_concepts(count: int, g: torch.Generator, kind: str, held_out: str = "")
 
 
 def initialise(vlm: nn.Module) -> None:
-    """Unit-scale weights: transformers' std 0.02 is made for wide models, a 96 wide vision tower hardly starts from it."""
+    """Unit-scale weights: transformers' std 0.02 is made for wide models, a 96 wide vision tower hardly starts from
+    it."""
     for name, parameter in vlm.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()
-            nn.init.normal_(parameter, std=0.5 if "pos_embed" in name else 0.1 if "embed_tokens" in name else fan_in ** -0.5)
+            std = 0.5 if "pos_embed" in name else 0.1 if "embed_tokens" in name else fan_in ** -0.5
+            nn.init.normal_(parameter, std=std)
 
 
 def glance(reader: Reader, tokens: Tensor, rows: Tensor) -> tuple[Tensor, float]:
@@ -93,7 +97,8 @@ def train_vision(reader: Reader, render: Renderer, out: Path, steps: int, batch:
 
 
 def word_positions(ids: Tensor, row_words: list[list[str]], token_of: dict[str, int]) -> Tensor:
-    """(B, slots): where each row's concept words stand in its token ids; a second colour that is not said counts as the first."""
+    """(B, slots): where each row's concept words stand in its token ids; a second colour that is not said counts as the
+    first."""
     found = torch.zeros(len(ids), len(row_words[0]), dtype=torch.long)
     for i, row in enumerate(row_words):
         tokens = ids[i].tolist()
@@ -115,7 +120,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write into")
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--vision-steps", type=int, default=800, help="of the vision tower alone, with 4 times the batch")
+    parser.add_argument("--vision-steps", type=int, default=800,
+                        help="of the vision tower alone, with 4 times the batch")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -139,7 +145,7 @@ def main() -> None:
         return F.cross_entropy(logits, truth), float((logits.argmax(-1) == truth).float().mean())
 
     def slots(hidden: Tensor, positions: Tensor, rows: Tensor, kind: str) -> tuple[Tensor, Tensor, list[float]]:
-        """Cross-entropy of the slot heads at `positions` (B, slots), the features there, and the accuracy of each slot."""
+        """Cross-entropy of the slot heads at `positions` (B, slots), the features there, and each slot's accuracy."""
         at = unit(hidden.gather(1, positions[..., None].expand(-1, -1, WIDTH)))                        # (B, slots, 128)
         logits = [model.heads[name](at[:, j]) for j, name in enumerate(SLOTS[kind])]
         truth = [rows[:, COLUMN[name]] for name in SLOTS[kind]]
@@ -150,7 +156,7 @@ def main() -> None:
         names = SLOTS[kind]
         said = [[words(row)[name] for name in names] for row in rows]
         states, ids, lengths = features([caption(row) for row in rows])
-        text, _ = language_loss(states[-1], ids, lengths, torch.full_like(lengths, 4))             # after "<|im_start|>user\n"
+        text, _ = language_loss(states[-1], ids, lengths, torch.full_like(lengths, 4))     # after "<|im_start|>user\n"
         read_words, words_at, _ = slots(states[-2], word_positions(ids, said, token_of), rows, kind)
         prompts = [caption(row, concept=kind) for row in rows]
         states, ids, lengths = features(prompts, render(views), [caption(view) for view in views])
@@ -160,7 +166,8 @@ def main() -> None:
         matching = F.mse_loss(image_at, words_at.detach())
         seen, shape_seen = glance(model, states[0][ids == features.image_token].view(len(rows), -1, WIDTH), views)
         loss = 0.3 * text + captioning + read_words + 2 * read_image + matching + 2 * seen
-        return loss, {"captioning": tokens_right, "matching": matching.item(), "shape seen": shape_seen, **dict(zip(names, accuracy))}
+        return loss, {"captioning": tokens_right, "matching": matching.item(), "shape seen": shape_seen,
+                      **dict(zip(names, accuracy))}
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * stage.processes + stage.rank)
@@ -177,26 +184,30 @@ def main() -> None:
                 rows = draw_concepts(256, generator(7, 0), kind, held_out=kind)
                 _, numbers = losses(kind, rows, other_view(rows, kind, generator(7, 1)))
                 print(f"\nstep {step}, held-out {kind}:", json.dumps({k: round(v, 3) for k, v in numbers.items()}))
-            if step < options.steps:
-                for name, parameter in stage.names.items():
-                    parameter.copy_(live[name])
+            for name, parameter in stage.names.items():
+                parameter.copy_(live[name])
+    for name, parameter in stage.names.items():           # not in the loop: a finished run, started again, skips it
+        parameter.data.copy_(stage.average[name])
     if stage.rank == 0:
         export(vlm, tokenizer, options.model)
 
 
 def export(vlm: Qwen3VLForConditionalGeneration, tokenizer, folder: Path) -> None:
-    """Write text_encoder/ (Qwen3ForCausalLM), tokenizer/ and vlm/ (visual tensors only) in the layout of the real checkpoints."""
+    """Write text_encoder/ (Qwen3ForCausalLM), tokenizer/ and vlm/ (visual tensors only) in the layout of the real
+    checkpoints."""
     weights = vlm.state_dict()
-    language = {name.replace("model.language_model.", "model."): t for name, t in weights.items() if ".language_model." in name}
+    language = {name.replace("model.language_model.", "model."): t for name, t in weights.items()
+                if ".language_model." in name}
     visual = {name: t for name, t in weights.items() if ".visual." in name}
     write_tensors(folder / "text_encoder" / "model.safetensors", language, {"format": "pt"})
     write_tensors(folder / "vlm" / "model.safetensors", visual, {"format": "pt"})
     text = vlm.config.text_config
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "max_position_embeddings", "rms_norm_eps", "hidden_act")
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act")
     write_json(folder / "text_encoder" / "config.json", {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **{key: getattr(text, key) for key in keys}, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}, "dtype": "float32"})
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **{key: getattr(text, key) for key in keys},
+        "tie_word_embeddings": True, "dtype": "float32",
+        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}})
     config = vlm.config.to_dict()
     config["architectures"] = ["Qwen3VLForConditionalGeneration"]
     write_json(folder / "vlm" / "config.json", config)

@@ -19,13 +19,14 @@ from tiny.world import ATTRIBUTES, SIDE, caption, draw_scenes
 PATCH, MERGE, WIDTH = 8, 2, 128
 IMAGE_TOKENS = (SIDE // PATCH // MERGE) ** 2
 CONCEPT = ("<V1>", "<V2>", "<V3>", "<V4>")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>")
+CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on captions; every word of the world ends up as one token, other words fall into pieces."""
+    """Byte-level BPE trained on captions: every word of the world becomes one token, other words fall into pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("[V]", "".join(CONCEPT))])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,18 +46,21 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 1e4}
     return Qwen3VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+                         tie_word_embeddings=True,
                          rope_parameters={**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}),
-        vision_config=dict(depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=PATCH, spatial_merge_size=MERGE,
-                           temporal_patch_size=2, out_hidden_size=WIDTH, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
+        vision_config=dict(depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=PATCH,
+                           spatial_merge_size=MERGE, temporal_patch_size=2, out_hidden_size=WIDTH,
+                           num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
 
 
 def patches(pictures: Tensor) -> Tensor:
-    """(B, 3, 64, 64) in [-1, 1] -> (B * 64, 384): what the image processor makes of them (a still image is two equal frames,
-    patches of one merged token are neighbours)."""
+    """(B, 3, 64, 64) in [-1, 1] -> (B * 64, 384): what the image processor makes of them (a still image is two equal
+    frames, patches of one merged token are neighbours)."""
     flat = rearrange(pictures, "b c (i m p) (j n q) -> (b i j m n) c (p q)", m=MERGE, n=MERGE, p=PATCH, q=PATCH)
     return flat.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1)
 
@@ -87,7 +91,8 @@ class Features:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if pictures is not None:
             side = SIDE // PATCH
-            inputs |= {"pixel_values": patches(pictures), "image_grid_thw": torch.tensor([[1, side, side]] * len(prompts)),
+            inputs |= {"pixel_values": patches(pictures),
+                       "image_grid_thw": torch.tensor([[1, side, side]] * len(prompts)),
                        "mm_token_type_ids": (ids == self.image_token).long()}
         out = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
         return out.hidden_states, ids, lengths

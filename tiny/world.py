@@ -6,7 +6,7 @@ picture (metrics.py), without any learned part:
 
     picture = w_backdrop * c_backdrop + w_main * c_main + w_second * c_second + w_line * c_line
 
-What the pre-training never draws: the objects in `HELD_OUT_OBJECTS` (6 % of all combinations of shape, pattern and
+What the pre-training never draws: the objects in `HELD_OUT_OBJECTS` (108 of the 1408 combinations of shape, pattern and
 colours) and the styles in `HELD_OUT_STYLES`. They are the new concepts of the experiments and of examples/.
 """
 import math
@@ -30,8 +30,9 @@ LINES = {"flat": None, "ink": (24, 22, 30), "chalk": (255, 255, 255)}
 TEXTURES = ("plain", "ruled", "checked", "spotted")
 SHADE = 0.78                                    # a texture darkens its backdrop to this fraction
 
-ATTRIBUTES = {"shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES), "pattern": PATTERNS, "main": tuple(COLOURS),
-              "second": tuple(COLOURS), "backdrop": tuple(BACKDROPS), "line": tuple(LINES), "texture": TEXTURES}
+ATTRIBUTES = {"shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES), "pattern": PATTERNS,
+              "main": tuple(COLOURS), "second": tuple(COLOURS), "backdrop": tuple(BACKDROPS), "line": tuple(LINES),
+              "texture": TEXTURES}
 COLUMN = {name: index for index, name in enumerate(ATTRIBUTES)}
 HELD_OUT_STYLES = {("chalk", "checked"), ("ink", "spotted")}
 HELD_OUT_OBJECTS = torch.rand(len(SHAPES), len(PATTERNS), len(COLOURS), len(COLOURS),
@@ -52,7 +53,8 @@ def draw_scenes(count: int, generator: torch.Generator, styled: float = 0.3, hel
     objects, "style" only held-out styles. Plain objects have second == main."""
     kept, found = [], 0
     while found < count:
-        rows = torch.stack([torch.randint(len(words), (4096,), generator=generator) for words in ATTRIBUTES.values()], 1)
+        rows = torch.stack([torch.randint(len(choices), (4096,), generator=generator)
+                            for choices in ATTRIBUTES.values()], 1)
         plain = rows[:, COLUMN["pattern"]] == 0
         rows[plain, COLUMN["second"]] = rows[plain, COLUMN["main"]]
         unstyled = torch.rand(4096, generator=generator) >= (1.0 if held_out == "style" else styled)
@@ -74,7 +76,8 @@ def held_out_style(rows: Tensor) -> Tensor:
     """(n, 9) -> (n,) bool: the style is one of those that pre-training never draws."""
     found = torch.zeros(len(rows), dtype=torch.bool)
     for line, texture in HELD_OUT_STYLES:
-        found |= (rows[:, COLUMN["line"]] == tuple(LINES).index(line)) & (rows[:, COLUMN["texture"]] == TEXTURES.index(texture))
+        found |= ((rows[:, COLUMN["line"]] == tuple(LINES).index(line))
+                  & (rows[:, COLUMN["texture"]] == TEXTURES.index(texture)))
     return found
 
 
@@ -84,7 +87,8 @@ def words(row: Tensor) -> dict[str, str]:
     return {name: ATTRIBUTES[name][index] for name, index in zip(ATTRIBUTES, row.tolist())}
 
 
-def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "place", "backdrop", "style"), concept: str = "") -> str:
+def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "place", "backdrop", "style"),
+            concept: str = "") -> str:
     """The English caption of a scene that mentions the shape and what is in `tell`.
 
     concept "object" or "style" writes [V] in the place of its words, e.g. "a big [V] on the left on mint".
@@ -95,8 +99,8 @@ def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "pl
     else:
         noun = word["shape"]
         if "main" in tell:
-            two = f"{word['main']} and {word['second']}" if "pattern" in tell and word["pattern"] != "plain" else word["main"]
-            noun = f"{two} {noun}"
+            both = "pattern" in tell and word["pattern"] != "plain"
+            noun = f"{word['main']} and {word['second']} {noun}" if both else f"{word['main']} {noun}"
         if "pattern" in tell:
             noun = f"{word['pattern']} {noun}"
     if "size" in tell:
@@ -142,13 +146,16 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
         corners = [(r if i % 2 == 0 else 0.45 * r, math.pi * i / 5 - math.pi / 2) for i in range(10)]
         return [(q * math.cos(a), q * math.sin(a)) for q, a in corners]
     if shape == "heart":
-        curve = [(16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) for a in turn]
+        curve = [(16 * math.sin(a) ** 3,
+                  13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) for a in turn]
         return [(r * x / 17, -r * (y + 2.5) / 15.5) for x, y in curve]
     if shape == "cross":
         a, b = 0.36 * r, 0.95 * r
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
     disc = [(r * (math.cos(a) + .12), r * math.sin(a)) for a in (math.radians(d) for d in range(45, 316, 5))]
-    bite = [(r * (.75 * math.cos(a) + .57), r * .75 * math.sin(a)) for a in (math.radians(d) for d in range(290, 69, -5))]
+    bite = [(r * (.75 * math.cos(a) + .57), r * .75 * math.sin(a))
+            for a in (math.radians(d) for d in range(290, 69, -5))]
     return disc + bite                                                                        # moon
 
 
@@ -185,7 +192,8 @@ def _shape_masks(shape: str, radius: float, centre: tuple[int, int]) -> dict[str
 
     body = polygon(radius)
     core = body * polygon(radius * 0.5, shift=-0.22 * radius if shape == "moon" else 0.0)
-    parts = {"plain": torch.zeros(SIDE, SIDE), "striped": body * coverage(stripes), "dotted": body * coverage(dots), "cored": core}
+    parts = {"plain": torch.zeros(SIDE, SIDE), "striped": body * coverage(stripes), "dotted": body * coverage(dots),
+             "cored": core}
     return {"body": body, "line": (polygon(radius, grow=2.0) - body).clamp(min=0), **parts}
 
 
@@ -202,10 +210,15 @@ class Renderer:
     """Draws scenes: (n, 9) attributes -> (n, 3, 64, 64) in [-1, 1]."""
 
     def __init__(self) -> None:
-        masks = [[[_shape_masks(shape, radius, centre) for centre in PLACES.values()] for radius in SIZES.values()] for shape in SHAPES]
-        stack = lambda key: torch.stack([torch.stack([torch.stack([m[key] for m in places]) for places in sizes]) for sizes in masks])
-        self.body, self.line = stack("body"), stack("line")                                   # (shape, size, place, H, W)
-        self.second = torch.stack([stack(pattern) for pattern in PATTERNS], 3)                # (shape, size, place, pattern, H, W)
+        masks = [[[_shape_masks(shape, radius, centre) for centre in PLACES.values()] for radius in SIZES.values()]
+                 for shape in SHAPES]
+
+        def stack(key: str) -> Tensor:                                                # (shape, size, place, H, W)
+            return torch.stack([torch.stack([torch.stack([m[key] for m in places]) for places in sizes])
+                                for sizes in masks])
+
+        self.body, self.line = stack("body"), stack("line")
+        self.second = torch.stack([stack(pattern) for pattern in PATTERNS], 3)    # (shape, size, place, pattern, H, W)
         self.texture = _texture_masks()                                                       # (texture, H, W)
         self.colours = torch.tensor(list(COLOURS.values())) / 127.5 - 1                       # (8, 3)
         self.backdrops = torch.tensor(list(BACKDROPS.values())) / 127.5 - 1                   # (6, 3)
