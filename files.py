@@ -9,7 +9,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,15 +110,16 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise InputError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def tensors(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a model folder, one tensor in host memory at a time."""
+def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a model folder, one tensor in host memory at a time; meta tensors when only_shapes."""
     for path, names in shards(folder, prefix).items():
         with open_safetensors(path) as file:
             stored = set(file.keys())
             for name in names:
                 if name not in stored:
                     raise InputError(f"{path}: tensor {name} is in the index but not in this shard; download it again")
-                yield name, file.get_tensor(name)
+                yield name, (torch.empty(file.get_slice(name).get_shape(), device="meta") if only_shapes
+                             else file.get_tensor(name))
 
 
 def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], source: Path,
@@ -154,7 +155,23 @@ def put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """All tensors of a safetensors file; None if it is absent or broken."""
+    try:
+        with open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (InputError, OSError):
+        return None
+
+
 # ---------------------------------------------------------------------------------------------------- writing
+def check_writable(folder: Path, what: str) -> None:
+    """Raises InputError, beginning with `what`, unless `folder` can be made or written to; makes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{what}: not writable, because of {nearest}; choose a folder you can write to")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. Raises InputError when that fails."""
     path = Path(path)
@@ -184,3 +201,19 @@ def write_tensors(path: Path, weights: dict[str, torch.Tensor], metadata: dict[s
     """Write a safetensors file, atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_bytes(path, to_bytes(on_cpu, metadata))
+
+
+def append_json_line(path: Path, content: dict) -> None:
+    """One more line of a .jsonl file. Raises InputError when it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror}); free some space, then continue") from None
+
+
+def keep_json_lines(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Drop the other lines of a .jsonl file, and half a line at its end."""
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        write_bytes(path, "".join(line + "\n" for line in whole if wanted(json.loads(line))).encode())

@@ -329,6 +329,22 @@ class ZImageTransformer(nn.Module):
                                  f"choose a smaller {side}")
 
 
+def _skeleton(folder: Path) -> ZImageTransformer:
+    """The network of a transformer folder on the meta device. Raises InputError."""
+    config = read_json(folder / "config.json", *KEYS)
+    try:
+        with torch.device("meta"):
+            return ZImageTransformer(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def check(folder: Path) -> None:
+    """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
+    folder = Path(folder) / "transformer"
+    load_strictly(_skeleton(folder), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+
+
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
          compile: bool = False) -> ZImageTransformer:
     """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
@@ -337,12 +353,7 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpoin
     Raises InputError when config or weights are missing or do not belong together.
     """
     folder = Path(folder) / "transformer"
-    config = read_json(folder / "config.json", *KEYS)
-    try:
-        with torch.device("meta"):
-            model = ZImageTransformer(config)
-    except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    model = _skeleton(folder)
     load_strictly(model, tensors(folder), folder, device, dtype)
     model.checkpointing = checkpointing
     if compile:

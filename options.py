@@ -15,6 +15,7 @@ import torch
 
 from files import InputError, read_json
 
+TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = str(ROOT / "tiny" / "model")  # the default of --model: works from any folder
 
@@ -112,16 +113,24 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     return found, getattr(torch, dtype)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a program: InputError becomes one line and exit status 2, Ctrl-C status 130, no tracebacks for either."""
+def check_seed(seed: int) -> None:
+    """Raises InputError on what torch's generators do not take."""
+    if not 0 <= seed < 2 ** 63:
+        raise InputError(f"--seed {seed}: out of range; give a number from 0 to 2**63 - 1")
+
+
+def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> None:
+    """Run a program: InputError becomes one line and exit status 2, Ctrl-C status 130, no tracebacks for either.
+
+    less_memory: which of its options help when CUDA is out of memory.
+    """
     try:
         sys.exit(main())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: CUDA out of memory ({str(error).split('. ')[0]}); lower --batch-size, --size or --rank, "
-              "raise --accumulate instead, or set --checkpointing", file=sys.stderr)
+        print(f"error: CUDA out of memory ({str(error).split('. ')[0]}); {less_memory}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -24,8 +24,8 @@ import encoder
 import lora
 import model as transformer
 import vae as autoencoder
-from files import InputError, checkpoint, read_json, write_bytes
-from options import EMBEDDED, Recipe, device_and_dtype, option, parse, recipe_of, run
+from files import InputError, check_writable, checkpoint, read_json, write_bytes
+from options import EMBEDDED, Recipe, check_seed, device_and_dtype, option, parse, recipe_of, run
 from rollout import sample, sigma_grid
 
 
@@ -180,6 +180,7 @@ def read_prompts(cfg: Options) -> list[str]:
 
 def check(cfg: Options) -> None:
     """Mistakes that need no checkpoint to be seen."""
+    check_seed(cfg.seed)
     if cfg.steps is not None and cfg.steps < 1:
         raise InputError(f"--steps {cfg.steps}: a sampler needs at least one step; give 1 or more")
     if cfg.compare and cfg.lora is None and cfg.reference is None:
@@ -188,6 +189,7 @@ def check(cfg: Options) -> None:
         raise InputError(f"--lora {cfg.lora}: no such file; give an adapter such as out/NAME/student.safetensors")
     if Path(cfg.out).suffix.lower() != ".png":
         raise InputError(f"--out {cfg.out}: not a .png file; give a name that ends in .png")
+    check_writable(Path(cfg.out).parent, f"--out {cfg.out}")
 
 
 def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], shape: tuple[int, int],
@@ -208,10 +210,11 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     folder = checkpoint(cfg.model)
     recipe = recipe_of(folder)
-    height, width = cfg.height or recipe.size, cfg.width or recipe.size
+    height, width = (recipe.size if side is None else side for side in (cfg.height, cfg.width))
     shape = latent_shape(folder, height, width)
     sigmas = sigma_grid(read_json(folder / "scheduler" / "scheduler_config.json"), cfg.steps or recipe.inference_steps)
 
+    transformer.check(folder)                                       # before the larger work of encoding
     student, teacher = contexts_of(cfg, folder, recipe, prompts, (height, width), device, dtype)
     data.free()                                                     # the encoders are gone before the transformer comes
     net = transformer.load(folder, device, dtype)
@@ -248,4 +251,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="lower --height and --width, or use --dtype bfloat16")

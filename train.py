@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ import loss as objectives
 import model as transformer
 import vae as autoencoder
 from files import InputError, checkpoint, read_json
-from options import EMBEDDED, ROOT, Recipe, device_and_dtype, option, parse, recipe_of, run as run_program
+from options import EMBEDDED, ROOT, Recipe, check_seed, device_and_dtype, option, parse, recipe_of, run as run_program
 from rollout import rollout, scheduler_shift, sigma_grid
 from sample import Panels, default_vlm, pixels_per_patch
 
@@ -95,14 +94,15 @@ def fill(cfg: Options, recipe: Recipe) -> Options:
                         ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0)):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if not value >= least or not math.isfinite(value):
-            raise InputError(f"{flag} {value}: too small; give {least} or more")
+            raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
+    check_seed(cfg.seed)
     if not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the recipe has {recipe.ema}")
     return cfg
 
 
 def open_run(cfg: Options, out: Path) -> None:
-    """Make `out` a run of these options, or check that it is one to resume. Raises InputError, writes nothing then."""
+    """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
     state = out / STATE
     if cfg.resume:
         if not state.is_file():
@@ -115,21 +115,20 @@ def open_run(cfg: Options, out: Path) -> None:
         return
     if state.exists():
         raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: not writable ({error.strerror}); choose a folder you can write to") from None
+    if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
+        raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
+    files.check_writable(out, f"--out {out}")
 
 
-def describe(cfg: Options, recipe: Recipe) -> dict:
-    """What config.json keeps: options, versions and the commit of this code."""
+def describe(cfg: Options, recipe: Recipe, features: "Features") -> dict:
+    """What config.json keeps: options, identity of the data, versions and the commit of this code."""
     packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")
     try:
         git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"recipe": recipe.name, "options": asdict(cfg), "commit": commit,
+    return {"recipe": recipe.name, "options": asdict(cfg), "data": features.fingerprint, "commit": commit,
             "versions": {name: importlib.metadata.version(name) for name in packages}}
 
 
@@ -149,7 +148,8 @@ class Features:
         open_run(cfg, out)                                              # nothing is written before this line
         cache = Path(cfg.cache) if cfg.cache else out / "cache"
         prompts = self.panel_rows(cfg, recipe)
-        panel_file = cache / f"panel-{hashlib.sha256(f'{key}{prompts}'.encode()).hexdigest()[:40]}.safetensors"
+        shown = [data.content_key(row, data.nearest_shape(row.size, shapes), key) for row in self.rows[:2]]
+        panel_file = cache / f"panel-{hashlib.sha256(f'{key}{prompts}{shown}'.encode()).hexdigest()[:40]}.safetensors"
 
         def load_encoder() -> encoder.Encoder:
             reader = encoder.load(folder, device, dtype, self.vlm, recipe.image_pixels, cfg.teacher_rope)
@@ -159,10 +159,11 @@ class Features:
         examples = data.prepare(self.rows, cfg.size, multiple, cache, key, lambda: autoencoder.load(folder, device),
                                 load_encoder, want_teacher=self.vlm is not None, device=device)
         self.dataset = data.Dataset(examples, cfg.batch_size, cfg.seed)
-        if not panel_file.is_file():
+        if files.read_tensors(panel_file) is None:
             load_encoder()
             data.free()
-        contexts = load_file(panel_file)
+        contexts = files.read_tensors(panel_file)
+        self.fingerprint = hashlib.sha256(" ".join(example.file.name for example in examples).encode()).hexdigest()
         self.prompts = [prompt for prompt, _ in prompts]
         self.targets = [None if index is None else examples[index].target() for _, index in prompts]
         self.student = [contexts[f"student.{i}"] for i in range(len(prompts))]
@@ -278,6 +279,7 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     if run.step == 0 and cfg.sample_every:
         draw_panel(cfg, run, panels)                                    # can the teacher draw the concept at all?
+    metrics = run.out / "metrics.jsonl"
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
     with Interrupt() as interrupt:
         for _ in bar:
@@ -293,8 +295,8 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             lora.ema_(run.teacher, run.student, cfg.ema)                # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
             seconds, memory = time.time() - started, peak_memory_gb()
-            log(run, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
-                      "peak_memory_gb": memory})
+            files.append_json_line(metrics, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
+                                             "peak_memory_gb": memory})
             bar.set_postfix_str(f"loss {loss:.4f}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB")
             done = run.step == cfg.steps or interrupt.asked
             if done or run.step % cfg.save_every == 0:
@@ -336,24 +338,6 @@ def peak_memory_gb() -> float:
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
 
 
-def log(run: Run, numbers: dict) -> None:
-    """One more line of metrics.jsonl."""
-    path = run.out / "metrics.jsonl"
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(numbers) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror}); free some space, then --resume") from None
-
-
-def forget_lines_after(path: Path, step: int) -> None:
-    """Drop the metrics of steps that will be done (again), and half a line at the end."""
-    if path.is_file():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-        files.write_bytes(path, "".join(kept).encode())
-
-
 def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype) -> None:
     """What the run is about to do."""
     shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
@@ -371,18 +355,22 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     folder = checkpoint(cfg.model)
     recipe = recipe_of(folder)
-    cfg = fill(cfg, recipe)
+    cfg = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
     out = Path(cfg.out or Path("out") / Path(cfg.data).resolve().stem)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     sigmas = sigma_grid(scheduler, recipe.inference_steps)
 
+    transformer.check(folder)                                           # before anything is encoded and written
     features = Features(cfg, folder, recipe, out, device, dtype)        # loads VAE and encoders, and frees them
     model = transformer.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
     if cfg.resume:
+        if read_json(out / "config.json").get("data") != features.fingerprint:
+            raise InputError(f"--resume: the images or captions in {cfg.data} are not those that this run began with; "
+                             "restore them, or start a new run with another --out")
         run.load()
-    forget_lines_after(out / "metrics.jsonl", run.step)
-    files.write_json(out / "config.json", describe(cfg, recipe))
+    files.keep_json_lines(out / "metrics.jsonl", lambda numbers: numbers["step"] <= run.step)
+    files.write_json(out / "config.json", describe(cfg, recipe, features))
     print_summary(cfg, recipe, folder, run, features.dataset, dtype)
     panels = Panels(folder, model, sigmas, cfg.seed, features.prompts, features.targets, features.student,
                     features.teacher)
