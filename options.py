@@ -40,18 +40,23 @@ class Recipe:
     sample_every: int
     vlm: str                                # of the teacher's context; a name without "/" is a folder of the checkpoint
     image_pixels: tuple[int, int] | None    # fewest and most pixels that the teacher's picture is resized to
-    unrelated: str                          # panel prompt that has nothing to do with the data
+    new_object: str                         # panel prompts: the concept in a new picture, when captions name it "[V]"
+    new_style: str                          # or "in [V] style",
+    unrelated: str                          # and one that has nothing to do with the data
 
 
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo (official values)", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
                save_every=100, sample_every=100, vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
+               new_object="a [V] on a sandy beach at sunset", new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
 # Small models: far fewer steps, so a faster EMA; on its own pictures and captions the embedded model needs no more.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=80, lr=1e-3, rank=16, alpha=16,
                ema=0.99, loss="v", batch_size=4, accumulate=1, checkpointing=False, save_every=40, sample_every=20,
-               vlm="vlm", image_pixels=None, unrelated="a big striped yellow and blue circle on the left on wine")
+               vlm="vlm", image_pixels=None, new_object="a small [V] at the top on wine",
+               new_style="a big plain yellow moon at the bottom on mint in [V] style",
+               unrelated="a big striped yellow and blue circle on the left on wine")
 TURBO_WIDTH = 3840
 
 

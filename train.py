@@ -170,9 +170,10 @@ class Features:
         self.teacher = [contexts.get(f"teacher.{i}", contexts[f"student.{i}"]) for i in range(len(prompts))]
 
     def panel_rows(self, cfg: Options, recipe: Recipe) -> list[tuple[str, int | None]]:
-        """(prompt, image that the teacher is shown): two training pairs, the user's prompts, one unrelated prompt."""
-        pairs = [(self.rows[i].captions[0], i) for i in range(min(2, len(self.rows)))]
-        return pairs + [(prompt, 0) for prompt in cfg.panel_prompt] + [(recipe.unrelated, None)]
+        """(prompt, image that the teacher is shown): two training pairs, new prompts, one unrelated prompt."""
+        pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
+        new = [recipe.new_style if "[V] style" in first else recipe.new_object] if "[V]" in first else []
+        return pairs + [(prompt, 0) for prompt in new + cfg.panel_prompt] + [(recipe.unrelated, None)]
 
     def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], shapes: list[data.Shape],
                      path: Path) -> None:

@@ -281,3 +281,37 @@ def test_saved_adapters_are_never_newer_than_needed(run, tmp_path, monkeypatch):
     assert saved_step(tmp_path / "cut") == 2
     run("cut", "--steps", 4, "--resume")
     assert_same_run(tmp_path / "cut", run("whole", "--steps", 4))
+
+
+def test_resume_with_edited_data_is_refused(base, run, photos, tmp_path):
+    """Same path, same options, another caption: the run would silently become another one."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in photos.iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    run("edited", "--data", data, "--steps", 1)
+    before = (tmp_path / "edited" / STATE).read_bytes()
+    (data / "0.txt").write_text("a big red star")
+    with pytest.raises(InputError, match="not those that this run began with"):
+        run("edited", "--data", data, "--steps", 2, "--resume")
+    assert (tmp_path / "edited" / STATE).read_bytes() == before
+
+
+def test_a_foreign_config_is_not_overwritten(run, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"dim": 3840}')
+    with pytest.raises(InputError, match="holds something else"):
+        run("foreign", "--steps", 1)
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["config.json"]
+
+
+def test_a_broken_panel_file_is_encoded_again(run, tmp_path):
+    cache = tmp_path / "cache"
+    run("first", "--steps", 1, "--cache", cache)
+    (panel,) = cache.glob("panel-*.safetensors")
+    whole, content = load_file(panel), panel.read_bytes()
+    panel.unlink()                                                     # `whole` still maps the old file
+    panel.write_bytes(content[:100])
+    run("second", "--steps", 1, "--cache", cache)
+    again = load_file(panel)
+    assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
