@@ -7,17 +7,17 @@ import dataclasses
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from files import InputError, read_json
+from files import InputError, checkpoint, read_json
 
 TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
 ROOT = Path(__file__).resolve().parent
-EMBEDDED = str(ROOT / "tiny" / "model")  # the default of --model: works from any folder
+EMBEDDED = ROOT / "tiny" / "model"  # what `--model embedded`, the default, stands for
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Recipe:
 
 
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
-TURBO = Recipe("Z-Image-Turbo (official values)", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
+TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
                save_every=100, sample_every=100, vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
                new_object="a [V] on a sandy beach at sunset", new_style="a lighthouse on a cliff in [V] style",
@@ -60,6 +60,18 @@ SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, st
 TURBO_WIDTH = 3840
 
 
+def model_folder(name: str) -> Path:
+    """The checkpoint folder behind `--model`; from the hub if it is not on disk. Raises InputError."""
+    return EMBEDDED if name == "embedded" else checkpoint(name)
+
+
+def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
+    """The VLM of the teacher's context: what the user gave, else the recipe's (perhaps a part of the checkpoint)."""
+    if given is not None:
+        return given
+    return recipe.vlm if "/" in recipe.vlm else str(folder / recipe.vlm)
+
+
 def recipe_of(folder: Path) -> Recipe:
     """The recipe of a checkpoint folder, chosen by the width of its transformer. Raises InputError."""
     config = read_json(Path(folder) / "transformer" / "config.json", "dim")
@@ -69,7 +81,7 @@ def recipe_of(folder: Path) -> Recipe:
 # ---------------------------------------------------------------------------------------------------- command line
 def option(default, text: str, **extra):
     """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
-    if default is dataclasses.MISSING:
+    if default is MISSING:
         return dataclasses.field(metadata={"help": text, **extra})
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **extra})
@@ -81,11 +93,15 @@ def parse(options: type, argv: list[str] | None, description: str):
 
     bool fields are switches, list fields repeatable flags, fields without a default required.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(options):
         extra = {key: value for key, value in field.metadata.items()}
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        required = field.default is MISSING and field.default_factory is MISSING
         flag, kind = "--" + field.name.replace("_", "-"), _plain_type(field.type)
+        of_recipe = field.name in Recipe.__dataclass_fields__ and field.default is None
+        shown = "required" if required else "default: the recipe's" if of_recipe else f"default: {field.default}"
+        if required or of_recipe or not (field.default in (None, False) or kind is list or field.default is MISSING):
+            extra["help"] += f" ({shown})"
         if kind is bool:
             action = argparse.BooleanOptionalAction if field.default is None else "store_true"
             parser.add_argument(flag, action=action, default=field.default, **extra)
@@ -110,12 +126,26 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {device}: not available here; use cpu, or a torch build for this device") from None
+        raise InputError(f"--device {device}: not available here; use cpu, or cuda with a torch build for it") from None
     if dtype == "auto":
         dtype = "bfloat16" if found.type == "cuda" else "float32"
     return found, getattr(torch, dtype)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU in use, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource                                                             # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
 
 
 def check_seed(seed: int) -> None:
@@ -135,7 +165,8 @@ def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> N
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: CUDA out of memory ({str(error).split('. ')[0]}); {less_memory}", file=sys.stderr)
+        detail = ". ".join(str(error).splitlines()[0].split(". ")[1:3])  # how much was tried, how large the GPU is
+        print(f"error: CUDA out of memory ({detail}); {less_memory}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
@@ -24,8 +24,8 @@ import encoder
 import lora
 import model as transformer
 import vae as autoencoder
-from files import InputError, check_writable, checkpoint, read_json, write_bytes
-from options import EMBEDDED, Recipe, check_seed, device_and_dtype, option, parse, recipe_of, run
+from files import InputError, check_writable, read_json, write_bytes
+from options import Recipe, check_seed, device_and_dtype, model_folder, option, parse, recipe_of, run, vlm_of
 from rollout import sample, sigma_grid
 
 
@@ -33,9 +33,9 @@ from rollout import sample, sigma_grid
 class Options:
     prompt: list[str] = option([], "what to draw; may be given several times")
     prompts: str | None = option(None, "text file with one prompt per line")
-    model: str = option(EMBEDDED, "checkpoint folder in diffusers layout, or hub id")
+    model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
     lora: str | None = option(None, "adapter file, e.g. student.safetensors of a run")
-    steps: int | None = option(None, "solver steps; default: what the checkpoint was distilled for")
+    steps: int | None = option(None, "solver steps; default: as many as the checkpoint was distilled for")
     seed: int = option(0, "of the starting noise, the same for every prompt")
     height: int | None = option(None, "pixels; default: the recipe's size")
     width: int | None = option(None, "pixels; default: the recipe's size")
@@ -92,13 +92,6 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     return config["latent_channels"], height // factor, width // factor
 
 
-def default_vlm(folder: Path, recipe: Recipe, given: str | None) -> str:
-    """The VLM of the teacher's context: what the user gave, else the recipe's."""
-    if given is not None:
-        return given
-    return recipe.vlm if "/" in recipe.vlm else str(folder / recipe.vlm)
-
-
 # ------------------------------------------------------------------------------------------------------- panels
 def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
     """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
@@ -115,7 +108,7 @@ def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: s
         for i, image in enumerate(images):
             if image is not None:
                 smooth = Image.Resampling.NEAREST if image.width <= tile[0] else Image.Resampling.LANCZOS
-                sheet.paste(image.resize(tile, smooth), (x, top + i * (tile[1] + gap)))
+                sheet.paste(ImageOps.pad(image, tile, smooth, color="white"), (x, top + i * (tile[1] + gap)))
     for i, caption in enumerate(rows):
         pen.text((6, top + i * (tile[1] + gap)), "\n".join(textwrap.wrap(caption, 26)[:9]), fill="black", font=font)
     if note:
@@ -196,7 +189,7 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
                 device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Student and teacher contexts (Eq. 4) on the CPU; the teacher's are empty without --reference."""
     picture = data.crop(data.open_image(cfg.reference), shape) if cfg.reference else None
-    vlm = default_vlm(folder, recipe, cfg.vlm) if cfg.reference else None
+    vlm = vlm_of(folder, recipe, cfg.vlm) if cfg.reference else None
     reader = encoder.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
     student = [c.cpu() for c in reader.text_context(prompts)]
     teacher = [c.cpu() for c in reader.image_text_context(prompts, [picture] * len(prompts))] if cfg.reference else []
@@ -208,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg)
     prompts = read_prompts(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    folder = checkpoint(cfg.model)
+    folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
     height, width = (recipe.size if side is None else side for side in (cfg.height, cfg.width))
     shape = latent_shape(folder, height, width)

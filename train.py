@@ -12,7 +12,8 @@ Differs from the official code:
 1. Backward at every state instead of once per rollout: the same gradient with one graph alive.
 2. Latents and contexts are encoded once and cached; VAE and encoders are freed before the transformer is loaded.
 3. Both losses: the paper's (`--loss v`) and the released code's (`--loss x0`).
-4. `--resume` continues bit for bit: batches and noise are functions of (seed, step).
+4. `--resume` continues bit for bit (on CUDA up to the rounding of attention's backward, which adds in no fixed order):
+   batches and noise are functions of (seed, step).
 5. Panels use the same noise every time, and the first one is drawn before step 1.
 """
 import dataclasses
@@ -38,19 +39,20 @@ import lora
 import loss as objectives
 import model as transformer
 import vae as autoencoder
-from files import InputError, checkpoint, read_json
-from options import EMBEDDED, ROOT, Recipe, check_seed, device_and_dtype, option, parse, recipe_of, run as run_program
+from files import InputError, read_json
+from options import (ROOT, Recipe, check_seed, device_and_dtype, model_folder, option, parse, peak_memory_gb,
+                     recipe_of, run as run_program, vlm_of)
 from rollout import rollout, scheduler_shift, sigma_grid
-from sample import Panels, default_vlm, pixels_per_patch
+from sample import Panels, pixels_per_patch
 
-Model = transformer.ZImageTransformer  # another backbone needs `velocity`, `lora_names` and no more
+Model = transformer.ZImageTransformer  # the loop needs its `velocity`, lora.py its `lora_names`
 
 
 @dataclass
 class Options:
     """None means: the value of the checkpoint's recipe in options.py."""
     data: str = option(dataclasses.MISSING, "folder with images and captions (see README), or a .jsonl file")
-    model: str = option(EMBEDDED, "checkpoint folder in diffusers layout, or hub id")
+    model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for the teacher's context")
     out: str | None = option(None, "folder of the run; default out/<name of the data>")
     method: str = option("dopsd", "dopsd, or sft: vanilla flow-matching fine-tuning", choices=("dopsd", "sft"))
@@ -68,7 +70,7 @@ class Options:
     panel_prompt: list[str] = option([], "a further row of the panels; the teacher sees the first image; repeatable")
     sample_every: int | None = option(None, "optimizer steps between panels; 0: none")
     save_every: int | None = option(None, "optimizer steps between saves")
-    resume: bool = option(False, "continue the run in --out, bit for bit")
+    resume: bool = option(False, "continue the run in --out as if it had never stopped")
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
                                choices=("vlm", "text"))
     checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time")
@@ -79,39 +81,50 @@ class Options:
                         choices=("auto", "float32", "bfloat16"))
 
 
-# Options that may differ when a run is resumed: they do not change what is computed.
-FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "device")
+# Options that may differ when a run is resumed: they change the rounding at most.
+FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
+        "device")
 STATE = "state.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------- set-up
-def fill(cfg: Options, recipe: Recipe) -> Options:
-    """The options with None replaced by the recipe's values. Raises InputError on values that cannot work."""
-    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
-                if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
-    cfg = dataclasses.replace(cfg, **defaults)
+def check_values(cfg: Options) -> None:
+    """Raises InputError on numbers that cannot work; None is left for the recipe."""
     for name, least in (("steps", 1), ("rollout_steps", 1), ("batch_size", 1), ("accumulate", 1), ("rank", 1),
                         ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0)):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if not value >= least or not math.isfinite(value):
+        if value is not None and (not value >= least or not math.isfinite(value)):
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
+    if cfg.ema is not None and not 0 <= cfg.ema <= 1:
+        raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     check_seed(cfg.seed)
-    if not 0 <= cfg.ema <= 1:
-        raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the recipe has {recipe.ema}")
-    return cfg
 
 
-def open_run(cfg: Options, out: Path) -> None:
+def fill(cfg: Options, recipe: Recipe) -> Options:
+    """The options with None replaced by the recipe's values."""
+    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
+                if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
+    return dataclasses.replace(cfg, **defaults)
+
+
+def open_run(cfg: Options, out: Path, fingerprint: str) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
     state = out / STATE
     if cfg.resume:
         if not state.is_file():
             raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
-        before = read_json(out / "config.json", "options")["options"]
+        if not (out / "config.json").is_file():
+            raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
+                             "with another --out")
+        config = read_json(out / "config.json", "options")
+        before = config["options"]
         for name, value in asdict(cfg).items():
             if name not in FREE and before.get(name, value) != value:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
+        if config.get("data") != fingerprint:
+            raise InputError(f"--resume: the images or captions in {cfg.data} are not those that this run began with; "
+                             "restore them, or start a new run with another --out")
         return
     if state.exists():
         raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
@@ -136,20 +149,22 @@ def describe(cfg: Options, recipe: Recipe, features: "Features") -> dict:
 class Features:
     """Everything that VAE and encoders contribute: the data set and the panel's contexts. Both are gone afterwards."""
 
-    def __init__(self, cfg: Options, folder: Path, recipe: Recipe, out: Path, device: torch.device,
-                 dtype: torch.dtype) -> None:
-        self.rows = data.read_folder(cfg.data)
+    def __init__(self, cfg: Options, rows: list[data.Row], folder: Path, recipe: Recipe, out: Path,
+                 device: torch.device, dtype: torch.dtype) -> None:
+        self.rows = rows
         multiple = pixels_per_patch(folder)
         shapes = data.bucket_shapes(cfg.size, multiple)
-        self.vlm = encoder.find_vlm(default_vlm(folder, recipe, cfg.vlm)) if cfg.method == "dopsd" else None
+        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if cfg.method == "dopsd" else None
         key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"),
                         data.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
                         str(recipe.image_pixels)])
-        open_run(cfg, out)                                              # nothing is written before this line
+        keys = [data.content_key(row, data.nearest_shape(row.size, shapes), key) for row in rows]
+        self.fingerprint = hashlib.sha256(" ".join(keys).encode()).hexdigest()
+        open_run(cfg, out, self.fingerprint)                            # nothing is written before this line
         cache = Path(cfg.cache) if cfg.cache else out / "cache"
         prompts = self.panel_rows(cfg, recipe)
-        shown = [data.content_key(row, data.nearest_shape(row.size, shapes), key) for row in self.rows[:2]]
-        panel_file = cache / f"panel-{hashlib.sha256(f'{key}{prompts}{shown}'.encode()).hexdigest()[:40]}.safetensors"
+        panel_key = hashlib.sha256(f"{key}{prompts}{keys[:2]}".encode()).hexdigest()[:40]
+        panel_file = cache / f"panel-{panel_key}.safetensors"
 
         def load_encoder() -> encoder.Encoder:
             reader = encoder.load(folder, device, dtype, self.vlm, recipe.image_pixels, cfg.teacher_rope)
@@ -163,7 +178,6 @@ class Features:
             load_encoder()
             data.free()
         contexts = files.read_tensors(panel_file)
-        self.fingerprint = hashlib.sha256(" ".join(example.file.name for example in examples).encode()).hexdigest()
         self.prompts = [prompt for prompt, _ in prompts]
         self.targets = [None if index is None else examples[index].target() for _, index in prompts]
         self.student = [contexts[f"student.{i}"] for i in range(len(prompts))]
@@ -232,7 +246,8 @@ def dopsd_step(cfg: Options, model: Model, run: Run, batch: data.Batch, sigmas: 
     """Add the gradient of Eq. 7 for one batch to the student's; returns the loss. rng: of the starting noise."""
     student_context = [c.to(run.device) for c in batch.student_context]             # c_s = f_text(y), Eq. 4
     teacher_context = [c.to(run.device) for c in batch.teacher_context]             # c_t = f_mm(y, x0), Eq. 4
-    x = torch.randn(batch.latents.shape, generator=rng).to(run.device)              # (B, C, H, W) at sigma = 1
+    # (B, C, H, W) at sigma = 1. D-OPSD takes the latents' shape only: x0 itself reaches the student through c_t.
+    x = torch.randn(batch.latents.shape, generator=rng).to(run.device)
     total = 0.0
 
     def student(x: Tensor, sigma: float) -> Tensor:
@@ -264,7 +279,7 @@ def draw_panel(cfg: Options, run: Run, panels: Panels) -> None:
                 run.teacher if cfg.method == "dopsd" else None)
 
 
-def accumulate(cfg: Options, model: Model, run: Run, dataset: data.Dataset, scheduler: dict) -> float:
+def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset, scheduler: dict) -> float:
     """The gradient of one optimizer step, from `cfg.accumulate` batches; returns the mean loss."""
     sigmas, shift, total = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler), 0.0
     for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
@@ -278,24 +293,28 @@ def accumulate(cfg: Options, model: Model, run: Run, dataset: data.Dataset, sche
 
 def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: Panels, scheduler: dict) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
-    if run.step == 0 and cfg.sample_every:
-        draw_panel(cfg, run, panels)                                    # can the teacher draw the concept at all?
+    if cfg.sample_every and run.step in (0, cfg.steps):
+        draw_panel(cfg, run, panels)                                    # at 0: can the teacher draw the concept at all?
     metrics = run.out / "metrics.jsonl"
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
     with Interrupt() as interrupt:
         for _ in bar:
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
-            loss = accumulate(cfg, model, run, dataset, scheduler)
+            try:
+                loss = gradient_of_step(cfg, model, run, dataset, scheduler)
+            except torch.OutOfMemoryError:
+                run.save()                                              # a resumed run may use --checkpointing
+                raise
             norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 run.save()                                              # nothing was updated: the last good state
                 raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is in "
-                                 f"{run.out}; try a smaller --lr, or --dtype float32")
+                                 f"{run.out}; start anew with another --out and a smaller --lr or --dtype float32")
             run.optimizer.step()
             lora.ema_(run.teacher, run.student, cfg.ema)                # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
-            seconds, memory = time.time() - started, peak_memory_gb()
+            seconds, memory = time.time() - started, peak_memory_gb(run.device)
             files.append_json_line(metrics, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
                                              "peak_memory_gb": memory})
             bar.set_postfix_str(f"loss {loss:.4f}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB")
@@ -322,21 +341,10 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
 
     def __exit__(self, *_) -> None:
         signal.signal(signal.SIGINT, self.before)
-
-
-def peak_memory_gb() -> float:
-    """Largest memory so far: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                                                             # not on Windows
-    except ImportError:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
 
 
 def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype) -> None:
@@ -353,22 +361,22 @@ def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
+    check_values(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    folder = checkpoint(cfg.model)
+    rows = data.read_folder(cfg.data)                                   # before anything large is downloaded
+    folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
     cfg = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
-    out = Path(cfg.out or Path("out") / Path(cfg.data).resolve().stem)
+    source = Path(cfg.data).resolve()
+    out = Path(cfg.out or Path("out") / (source.stem if source.is_file() else source.name))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     sigmas = sigma_grid(scheduler, recipe.inference_steps)
 
     transformer.check(folder)                                           # before anything is encoded and written
-    features = Features(cfg, folder, recipe, out, device, dtype)        # loads VAE and encoders, and frees them
+    features = Features(cfg, rows, folder, recipe, out, device, dtype)  # loads VAE and encoders, and frees them
     model = transformer.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
     if cfg.resume:
-        if read_json(out / "config.json").get("data") != features.fingerprint:
-            raise InputError(f"--resume: the images or captions in {cfg.data} are not those that this run began with; "
-                             "restore them, or start a new run with another --out")
         run.load()
     files.keep_json_lines(out / "metrics.jsonl", lambda numbers: numbers["step"] <= run.step)
     files.write_json(out / "config.json", describe(cfg, recipe, features))

@@ -1,7 +1,8 @@
 """The autoencoder between pictures and latents: diffusers' AutoencoderKL by hand, with the checkpoint's names.
 
 D-OPSD happens in latent space; this file is only the way in (once per training image) and the way out (to look).
-It runs in float32 always: the checkpoint says force_upcast, and its activations overflow half precision.
+It runs in float32 always: the checkpoint says force_upcast, and its activations overflow half precision. (On CUDA torch
+lets convolutions use TF32.)
 Model space: latents = (z - shift_factor) * scaling_factor, z = mean of the posterior (not a sample of it, so that a
 picture has one latent and can be cached).
 """

@@ -55,7 +55,7 @@ class Held:
 
 def main() -> None:
     torch.manual_seed(0)
-    folder = Path(EMBEDDED)
+    folder = EMBEDDED
     net = transformer.load(folder, "cpu", torch.float32)
     student = lora.create(net, 16, 16, seed=0)
     teacher = lora.copy(student)

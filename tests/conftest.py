@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder, to be read only; `copied` gives one that may be damaged."""
     folder = tmp_path_factory.mktemp("models") / "checkpoint"
     for part in ("vae", "text_encoder", "tokenizer", "vlm"):
-        shutil.copytree(Path(EMBEDDED) / part, folder / part)
+        shutil.copytree(EMBEDDED / part, folder / part)
     write_transformer(folder)
     files.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     files.write_json(folder / "model_index.json", INDEX)

@@ -275,7 +275,7 @@ class Toy:
     def __init__(self) -> None:
         self.calls = 0
 
-    def velocity(self, x: Tensor, sigma: float, context: list[Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float, context: list[Tensor], adapter=None) -> Tensor:
         self.calls += 1
         return torch.stack([row * sigma + c.sum() for row, c in zip(x, context)])
 
@@ -293,7 +293,7 @@ def test_guidance(guidance, calls):
 def test_noise_levels_follow_the_samplers_time():
     """u uniform and sigma = 3 u / (1 + 2 u): P(sigma <= s) = s / (3 - 2 s), so three quarters are above a half."""
     n = 20000
-    sigma = pretrain.draw_sigma(n, seeded(6)).sort().values
+    sigma = pretrain.draw_sigma(seeded(6), pretrain.SHIFT, n).sort().values
     empirical = torch.arange(1, n + 1) / n
     assert (sigma / (3 - 2 * sigma) - empirical).abs().max() < 1.63 / n ** .5             # Kolmogorov-Smirnov, 1 %
     assert float((sigma > .5).float().mean()) == pytest.approx(.75, abs=.01)

@@ -52,15 +52,16 @@ def main() -> None:
     views[same_place, COLUMN["backdrop"]] = (new[same_place, COLUMN["backdrop"]] + 1) % 6
     ordinary = features.contexts([caption(row, tell) for row, tell in zip(rows, told)])
     seen = features.contexts([caption(row, concept="object") for row in new], reader.render(views))
+    (empty,) = features.contexts([""])
     noise, noise_new = (torch.randn(n, vae.channels, 16, 16, generator=g) for n in (len(rows), 50))
 
     report = {"VAE alone": of_objects(reader(vae.decode(vae.encode(reader.render(new)))), new)}
     sheets = [reader.render(views[:12]), reader.render(new[:12])]
     for name, (net, steps, guidance) in walkers.items():
-        pictures = draw(net, vae, ordinary, features, noise, steps, guidance)
+        pictures = draw(net, vae, ordinary, noise, steps, None, guidance, empty)
         reading = reader(pictures)
         grid(pictures[:48], 12).save(ensure(options.out) / f"ordinary_{name.replace(', ', '_').replace(' ', '-')}.png")
-        taught = draw(net, vae, seen, features, noise_new, steps, guidance)
+        taught = draw(net, vae, seen, noise_new, steps, None, guidance, empty)
         sheets.append(taught[:12])
         report[name] = {"ordinary: accuracy of what was said": told_accuracy(reading.rows, rows, told),
                         "ordinary: distance to the world": float(reading.distance.mean()),
@@ -85,12 +86,13 @@ def of_objects(reading, truth: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(net, vae, contexts: list[Tensor], features, noise: Tensor, steps: int, guidance: float) -> Tensor:
-    """Pictures (n, 3, 64, 64), in batches of 50."""
+def draw(net, vae, contexts: list[Tensor], noise: Tensor, steps: int, adapter=None, guidance: float = 1.0,
+         empty: Tensor | None = None) -> Tensor:
+    """Pictures (n, 3, 64, 64) in batches of 50; guidance other than 1 needs the context of an empty prompt."""
     pictures = []
     for start in range(0, len(contexts), 50):
         context = contexts[start:start + 50]
-        walk = guided(net, context, features.contexts([""]) * len(context), guidance)
+        walk = guided(net, context, [empty] * len(context), guidance, adapter)
         pictures.append(vae.decode(sample(walk, noise[start:start + 50], sigma_grid(SCHEDULER, steps))))
     return torch.cat(pictures)
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 import vae as autoencoder
 from files import tensors, write_json, write_tensors
+from loss import draw_sigma, sft
 from model import ZImageTransformer
 from rollout import sample, sigma_grid
 from tiny.stage import Stage, generator, join
@@ -92,18 +93,13 @@ def is_matrix(name: str) -> bool:
     return ".attention.to_" in name or ".feed_forward." in name
 
 
-def draw_sigma(count: int, g: torch.Generator) -> Tensor:
-    """Noise levels (count,): uniform on the sampler's own time axis, shift 3, so three quarters lie above 0.5."""
-    u = torch.rand(count, generator=g)
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
-
-
-def guided(model: ZImageTransformer, context: list[Tensor], empty: list[Tensor], guidance: float):
+def guided(model: ZImageTransformer, context: list[Tensor], empty: list[Tensor], guidance: float, adapter=None):
     """velocity(x, sigma) with classifier-free guidance: v_empty + guidance (v - v_empty)."""
     def velocity(x: Tensor, sigma: float) -> Tensor:
+        v = model.velocity(x, sigma, context, adapter)
         if guidance == 1:
-            return model.velocity(x, sigma, context)
-        v, v_empty = (model.velocity(x, sigma, c) for c in (context, empty))
+            return v
+        v_empty = model.velocity(x, sigma, empty, adapter)
         return v_empty + guidance * (v - v_empty)
     return velocity
 
@@ -161,10 +157,8 @@ def main() -> None:
         rows, latents = (styled if kind == "style" else ordinary).draw(options.batch, g)
         concept = "style" if kind == "style" else "object"
         context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)
-        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(len(rows), g)
-        s = sigma.view(-1, 1, 1, 1)
-        v = model.velocity((1 - s) * latents + s * eps, sigma, context)
-        loss = (v - (eps - latents)).square().mean()
+        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, SHIFT, len(rows))
+        loss = sft(lambda x, sigma: model.velocity(x, sigma, context), latents, eps, sigma)
         return loss, {kind: loss.item()}
 
     if rank == 0:                                            # two processes would take away each other's temporary file

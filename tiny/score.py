@@ -17,11 +17,11 @@ import data
 import lora
 import model as transformer
 import vae as autoencoder
-from files import InputError, read_json, write_json
-from options import EMBEDDED
-from rollout import sample, sigma_grid
+from files import InputError, write_json
+from options import EMBEDDED, run
 from sample import panel, save_png, to_image
-from tiny.metrics import OBJECT, STYLE, Reader, told_accuracy
+from tiny.evaluate import draw
+from tiny.metrics import OBJECT, STYLE, Reader, fidelity, told_accuracy
 from tiny.pretrain import load_features
 from tiny.stage import generator
 from tiny.train_vlm import SLOTS
@@ -44,20 +44,9 @@ def new_scenes(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Te
     return rows
 
 
-@torch.no_grad()
-def draw(net, vae, contexts: list[Tensor], noise: Tensor, sigmas: Tensor, adapter) -> Tensor:
-    """Pictures (n, 3, 64, 64) in batches of 40."""
-    parts = []
-    for start in range(0, len(contexts), 40):
-        context = contexts[start:start + 40]
-        parts.append(vae.decode(sample(lambda x, s: net.velocity(x, s, context, adapter),
-                                       noise[start:start + 40], sigmas)))
-    return torch.cat(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path(EMBEDDED))
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--data", required=True, help="folder that the adapters were trained on")
     parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE", help="adapter to score; repeatable")
     parser.add_argument("--out", type=Path, default=Path("out/score"))
@@ -68,7 +57,6 @@ def main() -> None:
 
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
     net = transformer.load(options.model, "cpu", torch.float32)
-    sigmas = sigma_grid(read_json(options.model / "scheduler" / "scheduler_config.json"), 4)
     kind, concept, pictures = concept_of(options.data, reader)
     g = generator(options.seed + 50, 0)
     new = new_scenes(kind, concept, options.concept_prompts, g)
@@ -90,14 +78,14 @@ def main() -> None:
     names = [COLUMN[name] for name in (OBJECT if kind == "object" else STYLE)]
     scores, images = {}, {}
     for name, (adapter, context) in columns.items():
-        drawn = draw(net, vae, context, noise_new, sigmas, adapter)
+        drawn = draw(net, vae, context, noise_new, 4, adapter)
         reading = reader(drawn)
-        scores[name] = {"concept": float((reading.rows[:, names] == new[:, names]).float().mean()),
+        scores[name] = {"concept": fidelity(reading.rows, new, kind),
                         "concept, whole": float((reading.rows[:, names] == new[:, names]).all(1).float().mean()),
                         "concept, distance": float(reading.distance.mean())}
         images[name] = [to_image(p) for p in drawn[:4]]
         if name != "teacher's view":
-            drawn = draw(net, vae, usual, noise_ordinary, sigmas, adapter)
+            drawn = draw(net, vae, usual, noise_ordinary, 4, adapter)
             reading = reader(drawn)
             scores[name] |= {"ordinary": told_accuracy(reading.rows, ordinary, told),
                              "ordinary, distance": float(reading.distance.mean())}
@@ -112,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
