@@ -187,6 +187,7 @@ VALUES = {  # flags: words of the message
     ("--batch-size", 0): ("--batch-size 0", "1 or more"), ("--accumulate", 0): ("--accumulate 0", "1 or more"),
     ("--save-every", 0): ("--save-every 0", "1 or more"), ("--sample-every", -1): ("--sample-every -1", "0 or more"),
     ("--device", "cuda:99"): ("--device cuda:99", "use cpu"), ("--device", "abacus"): ("--device abacus", "use cpu"),
+    ("--device", "meta"): ("--device meta", "use cpu"),
     ("--vlm", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"),
     ("--data", "ROOT/nowhere"): ("ROOT/nowhere", "no such folder"),
     ("--panel-prompt", " "): ("prompt", "empty"), ("--seed", 2 ** 70): ("--seed", str(2 ** 70)),

@@ -249,8 +249,28 @@ def test_out_of_memory_names_the_options(base, tmp_path, monkeypatch, capsys):
         options.run(lambda: train.main([*base, "--out", str(tmp_path / "small")]))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert caught.value.code == 2 and len(errors) == 1
-    for word in ("out of memory", "--batch-size", "--size", "--rank", "--checkpointing", "--accumulate"):
+    for word in ("out of memory", "2.00 GiB", "--batch-size", "--size", "--rank", "--checkpointing", "--accumulate"):
         assert word in errors[0]
+
+
+def test_out_of_memory_in_a_later_step_loses_nothing(run, tmp_path, monkeypatch):
+    """Steps since the last save are kept, and the advice given (--checkpointing) can be followed on --resume."""
+    calls, real = [], objectives.dopsd
+
+    def exhausted_in_step_3(*parts):
+        calls.append(1)
+        if len(calls) > 2 * 2:                                         # K = 2 states a step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*parts)
+    monkeypatch.setattr(objectives, "dopsd", exhausted_in_step_3)
+    with pytest.raises(torch.OutOfMemoryError):
+        run("small", "--steps", 4, "--save-every", 100)
+    assert saved_step(tmp_path / "small") == 2
+    monkeypatch.undo()
+    run("small", "--steps", 4, "--resume", "--checkpointing")
+    whole = load_file(run("whole", "--steps", 4) / STATE)
+    for name, tensor in load_file(tmp_path / "small" / STATE).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-6)
 
 
 def test_interrupted_before_the_loop_is_130(base, tmp_path, monkeypatch, capsys):

@@ -341,3 +341,22 @@ def test_second_start_loads_neither_vae_nor_encoder(run, tmp_path, monkeypatch):
     second = run("second", *cache)
     assert metrics(first) == metrics(second)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
+
+
+@pytest.mark.parametrize("folder", ["photos.v1", "photos"])
+def test_default_out_is_named_after_the_data(base, photos, tmp_path, monkeypatch, folder):
+    shutil.copytree(photos, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*base, "--data", folder, "--steps", "1"]) == 0
+    assert (tmp_path / "out" / folder / STATE).is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_resumes_and_samples(run, checkpoint, tmp_path):
+    flags = ("--device", "cuda", "--checkpointing", "--sample-every", 2)
+    out = run("gpu", "--steps", 2, *flags)
+    run("gpu", "--steps", 3, "--resume", *flags)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
+    sample.main(["--prompt", "a red star", "--model", str(checkpoint), "--device", "cuda", "--height", "32", "--width",
+                 "32", "--lora", str(out / "student.safetensors"), "--out", str(tmp_path / "picture.png")])
