@@ -9,6 +9,7 @@ live with.
 """
 import argparse
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def main() -> None:
                         help="folder with the transformer/ of stage 3; is kept")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"),
                         help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -66,22 +67,15 @@ def main() -> None:
                    else contexts.image(rows, "style" if kind == "style" else "object", g))
         own_states = step >= options.steps // 2
         guide = guided(teacher, context, empty * len(rows), GUIDANCE)
-        x, states, targets = torch.randn(len(rows), CONFIG["in_channels"], 16, 16, generator=g), [], []
-        for k in range(STEPS):
-            arrived, width = cross(guide, x, k), float(sigmas[k + 1] - sigmas[k])
-            states.append(x)
-            targets.append((arrived - x) / width)
-            if own_states:
-                with torch.no_grad():
-                    arrived = euler(x, student.velocity(x, float(sigmas[k]), context), float(sigmas[k]),
-                                    float(sigmas[k + 1]))
-            x = arrived
-        at = sigmas[:-1].repeat_interleave(len(rows))
-        v = student.velocity(torch.cat(states), at, context * STEPS)
-        each = (v - torch.cat(targets)).square().view(STEPS, -1).mean(1)
-        return each.mean(), {f"segment {k}": each[k].item() for k in range(STEPS)}
+        x, errors = torch.randn(len(rows), CONFIG["in_channels"], 16, 16, generator=g), []
+        for k, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+            arrived = cross(guide, x, k)
+            v = student.velocity(x, sigma, context)
+            errors.append((v - (arrived - x) / (sigma_next - sigma)).square().mean())
+            x = euler(x, v.detach(), sigma, sigma_next) if own_states else arrived
+        return sum(errors) / STEPS, {f"segment {k}": error.item() for k, error in enumerate(errors)}
 
-    for step in stage.run(loss_of, save_every=100):
+    for step in stage.run(loss_of, save_every=50):
         averaged = stage.averaged()
         write_json(options.model / "transformer" / "config.json", CONFIG)
         write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(),

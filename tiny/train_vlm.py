@@ -193,8 +193,8 @@ def main() -> None:
 
 
 def export(vlm: Qwen3VLForConditionalGeneration, tokenizer, folder: Path) -> None:
-    """Write text_encoder/ (Qwen3ForCausalLM), tokenizer/ and vlm/ (visual tensors only) in the layout of the real
-    checkpoints."""
+    """Write text_encoder/ (Qwen3ForCausalLM), vlm/ (visual tensors only) and, if given, tokenizer/ in the layout of the
+    real checkpoints."""
     weights = vlm.state_dict()
     language = {name.replace("model.language_model.", "model."): t for name, t in weights.items()
                 if ".language_model." in name}
@@ -215,7 +215,8 @@ def export(vlm: Qwen3VLForConditionalGeneration, tokenizer, folder: Path) -> Non
     write_json(folder / "vlm" / "preprocessor_config.json", {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2,
         "size": {"shortest_edge": pixels, "longest_edge": pixels}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
-    tokenizer.save_pretrained(folder / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
 
 
 if __name__ == "__main__":
