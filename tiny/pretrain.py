@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tiny/pretrain"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...")
     parser.add_argument("--base", type=Path, default=Path("out/tiny/base"), help="folder to write transformer/ into")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
     parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
     parser.add_argument("--seed", type=int, default=0)
