@@ -51,10 +51,11 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
                save_every=100, sample_every=100, vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
                new_object="a [V] on a sandy beach at sunset", new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
-# Small models: far fewer steps, so a faster EMA; on its own pictures and captions the embedded model needs no more.
-SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=80, lr=1e-3, rank=16, alpha=16,
-               ema=0.99, loss="v", batch_size=4, accumulate=1, checkpointing=False, save_every=40, sample_every=20,
-               vlm="vlm", image_pixels=None, new_object="a small [V] at the top on wine",
+# Small models: fewer steps, so a faster EMA. Of the rates tried on examples/star (1e-4 to 1e-3) the larger ones learn
+# the concept sooner and change ordinary prompts more.
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=220, lr=1e-4, rank=16, alpha=16,
+               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=55,
+               vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
 TURBO_WIDTH = 3840

@@ -347,6 +347,9 @@ def test_the_mixture_of_contexts():
     assert len(contexts.text(rows, seeded(9))) == 2000 and recorder.pictures is None
     assert sum(not prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.08, abs=.02)
     assert sum("[V]" in prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.05 + .02 * 11 / 12, abs=.02)
-    contexts.image(rows, "object", seeded(10))
+    _, told = contexts.image(rows, "object", seeded(10))
     assert sum("[V]" in prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.85, abs=.03)
     assert torch.equal(recorder.pictures[:, (0, 3, 4, 5)], rows[:, (0, 3, 4, 5)])
+    for row, prompt, plain in zip(rows, recorder.prompts, told):                       # the same in words alone
+        _, noun = caption(row, ("pattern", "main")).split(" ", 1)
+        assert "[V]" not in plain and (prompt == plain or plain.replace(noun, "[V]").split()[1:] == prompt.split()[1:])

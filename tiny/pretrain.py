@@ -80,12 +80,16 @@ class Contexts:
                            else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
         return self.features.contexts(prompts)
 
-    def image(self, rows: Tensor, kind: str, g: torch.Generator) -> list[Tensor]:
+    def image(self, rows: Tensor, kind: str, g: torch.Generator) -> tuple[list[Tensor], list[str]]:
+        """Contexts, and for each a prompt that says the same in words alone: the concept's words instead of [V]."""
         views = other_view(rows, kind, g)
         named = torch.rand(len(rows), generator=g) < 0.15                       # the words are told as well
-        prompts = [caption(row, random_tell(g), concept="" if told else kind)
-                   for row, told in zip(rows, named.tolist())]
-        return self.features.contexts(prompts, self.render(views))
+        tells = [random_tell(g) for _ in rows]
+        prompts = [caption(row, tell, concept="" if told else kind)
+                   for row, tell, told in zip(rows, tells, named.tolist())]
+        words = ("main", "pattern") if kind == "object" else ()
+        told = [caption(row, tell if known else (*tell, *words)) for row, tell, known in zip(rows, tells, named.tolist())]
+        return self.features.contexts(prompts, self.render(views)), told
 
 
 def is_matrix(name: str) -> bool:
@@ -156,7 +160,7 @@ def main() -> None:
         kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
         rows, latents = (styled if kind == "style" else ordinary).draw(options.batch, g)
         concept = "style" if kind == "style" else "object"
-        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)
+        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)[0]
         eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, SHIFT, len(rows))
         loss = sft(lambda x, sigma: model.velocity(x, sigma, context), latents, eps, sigma)
         return loss, {kind: loss.item()}
