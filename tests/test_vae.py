@@ -9,8 +9,10 @@ import vae
 from files import InputError
 
 CONFIGS = {
-    "like Z-Image: no quant convs, attention, shift": dict(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
-    "embedded: no attention": dict(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=None),
+    "like Z-Image: no quant convs, attention, shift": dict(
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
+    "embedded: no attention": dict(
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=None),
     "older: quant convs": dict(use_quant_conv=True, use_post_quant_conv=True, shift_factor=None),
 }
 

@@ -47,7 +47,7 @@ def main() -> None:
                         help="folder with the transformer/ of stage 3; is kept")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"),
                         help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -85,10 +85,11 @@ class Contexts:
         views = other_view(rows, kind, g)
         named = torch.rand(len(rows), generator=g) < 0.15                       # the words are told as well
         tells = [random_tell(g) for _ in rows]
-        prompts = [caption(row, tell, concept="" if told else kind)
-                   for row, tell, told in zip(rows, tells, named.tolist())]
         words = ("main", "pattern") if kind == "object" else ()
-        told = [caption(row, tell if known else (*tell, *words)) for row, tell, known in zip(rows, tells, named.tolist())]
+        prompts, told = [], []
+        for row, tell, known in zip(rows, tells, named.tolist()):
+            prompts.append(caption(row, tell, concept="" if known else kind))
+            told.append(prompts[-1] if known else caption(row, (*tell, *words)))
         return self.features.contexts(prompts, self.render(views)), told
 
 

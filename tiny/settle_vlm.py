@@ -1,8 +1,8 @@
 """Stage 2b: words keep their meaning after a picture. `torchrun --nproc-per-node 2 -m tiny.settle_vlm` (minutes)
 
-After stage 2, [V] takes over the concept from a picture, but the ordinary words of the prompt ("on mint") do not survive
-beside it: nothing asked for that, and their features fill up with what the picture shows. Here a copy of the VLM learns to
-give, at hidden_states[-2]:
+After stage 2, [V] takes over the concept from a picture, but the ordinary words of the prompt ("on mint") do not
+survive beside it: nothing asked for that, and their features fill up with what the picture shows. Here a copy of the VLM
+learns to give, at hidden_states[-2]:
 - in text contexts, what the VLM of stage 2 gives;
 - in image + text contexts the same as that VLM too, except for the prompt's words outside [V], which shall look as they
   do in a text context. Then a transformer that can read them there can read them here.
