@@ -53,8 +53,8 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
                unrelated="a red bicycle leaning against a white brick wall, morning light")
 # Small models: fewer steps, so a faster EMA. Of the rates tried on examples/star (1e-4 to 1e-3) the larger ones learn
 # the concept sooner and change ordinary prompts more.
-SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=220, lr=1e-4, rank=16, alpha=16,
-               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=55,
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=300, lr=1e-4, rank=16, alpha=16,
+               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=75,
                vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")

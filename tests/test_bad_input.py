@@ -306,7 +306,7 @@ def test_data_is_required(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- runs that exist
-CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "x0", "--method": "sft", "--ema": 0.5,
+CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "v", "--method": "sft", "--ema": 0.5,
            "--size": 40, "--batch-size": 3, "--accumulate": 2, "--rollout-steps": 3, "--teacher-rope": "text",
            "--dtype": "bfloat16", "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
 

@@ -165,7 +165,7 @@ def test_the_shipped_model_draws_what_it_is_asked_for(net, vae, features, reader
     told = [random_tell(g) for _ in rows]
     context = features.contexts([caption(row, tell) for row, tell in zip(rows, told)])
     noise = torch.randn(24, vae.channels, 16, 16, generator=g)
-    pictures = evaluate.draw(net, vae, context, features, noise, steps=4, guidance=1.0)
+    pictures = evaluate.draw(net, vae, context, noise, steps=4)
     assert pictures.shape == (24, 3, 64, 64)
     right = told_accuracy(reader(pictures).rows, rows, told)
     assert right >= .8
