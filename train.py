@@ -19,7 +19,6 @@ Differs from the official code:
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import math
 import signal
 import subprocess

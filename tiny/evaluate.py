@@ -16,8 +16,9 @@ from torch import Tensor
 import model as transformer
 import vae as autoencoder
 from files import write_json
+from options import EMBEDDED
 from rollout import sample, sigma_grid
-from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy
+from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
 from tiny.pretrain import SCHEDULER, guided, load_features
 from tiny.stage import generator
 from tiny.train_vlm import other_view
@@ -26,7 +27,7 @@ from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"))
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--base", type=Path, help="folder with the undistilled transformer/")
     parser.add_argument("--out", type=Path, default=Path("out/tiny/evaluate"))
     parser.add_argument("--prompts", type=int, default=200)
@@ -78,11 +79,10 @@ def ensure(folder: Path) -> Path:
 
 
 def of_objects(reading, truth: Tensor) -> dict[str, float]:
-    """Accuracy of each attribute of the object, how many objects are wholly right, and the distance to the world."""
-    columns = [COLUMN[name] for name in OBJECT]
-    whole = (reading.rows[:, columns] == truth[:, columns]).all(1)
-    return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": float(whole.float().mean()),
-            "distance": float(reading.distance.mean())}
+    """Accuracy of each attribute of the object, how many objects are wholly right, the backdrop that the prompt asked
+    for, and the distance to the world."""
+    return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": whole(reading.rows, truth, "object"),
+            "backdrop": accuracy(reading.rows, truth, ("backdrop",))["mean"], "distance": float(reading.distance.mean())}
 
 
 @torch.no_grad()

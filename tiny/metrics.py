@@ -86,6 +86,12 @@ def told_accuracy(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]]) -
     return sum(right) / len(right)
 
 
+def whole(reading: Tensor, truth: Tensor, kind: str) -> float:
+    """The share of pictures in which every attribute of the concept is right."""
+    columns = [COLUMN[name] for name in (OBJECT if kind == "object" else STYLE)]
+    return float((reading[:, columns] == truth[:, columns]).all(1).float().mean())
+
+
 def fidelity(reading: Tensor, truth: Tensor, kind: str) -> float:
     """Concept fidelity in [0, 1]: the share of the concept's attributes that are right, over pictures."""
     return accuracy(reading, truth, OBJECT if kind == "object" else STYLE)["mean"]

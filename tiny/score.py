@@ -21,7 +21,7 @@ from files import InputError, write_json
 from options import EMBEDDED, run
 from sample import panel, save_png, to_image
 from tiny.evaluate import draw
-from tiny.metrics import OBJECT, STYLE, Reader, fidelity, told_accuracy
+from tiny.metrics import Reader, fidelity, told_accuracy, whole
 from tiny.pretrain import load_features
 from tiny.stage import generator
 from tiny.train_vlm import SLOTS
@@ -75,13 +75,12 @@ def main() -> None:
             raise InputError(f"--lora {entry}: no name; write NAME=FILE")
         columns[name] = (lora.load(Path(file), net), said)
     columns["teacher's view"] = (None, features.contexts(prompts, shown))
-    names = [COLUMN[name] for name in (OBJECT if kind == "object" else STYLE)]
     scores, images = {}, {}
     for name, (adapter, context) in columns.items():
         drawn = draw(net, vae, context, noise_new, 4, adapter)
         reading = reader(drawn)
         scores[name] = {"concept": fidelity(reading.rows, new, kind),
-                        "concept, whole": float((reading.rows[:, names] == new[:, names]).all(1).float().mean()),
+                        "concept, whole": whole(reading.rows, new, kind),
                         "concept, distance": float(reading.distance.mean())}
         images[name] = [to_image(p) for p in drawn[:4]]
         if name != "teacher's view":
