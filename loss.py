@@ -48,8 +48,8 @@ def draw_sigma(generator: torch.Generator, shift: float, n: int) -> Tensor:
     return shifted(u, shift)
 
 
-def sft(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """Vanilla fine-tuning, the baseline of `--method sft`: || v - (eps - x0) ||^2, scalar float32, mean over elements.
+def denoising_error(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """|| v - (eps - x0) ||^2 of each image: (B,) float32, mean over its elements.
 
     velocity: (x, sigma (B,)) -> v. x0: (B, C, H, W) latents. eps: noise of the same shape. sigma: (B,), `draw_sigma`.
     """
@@ -57,4 +57,24 @@ def sft(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, eps: Tensor, s
     s = sigma.to(x0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     x = (1 - s) * x0 + s * eps          # (B, C, H, W)
     v = velocity(x, sigma.to(x0)).float()
-    return (v - (eps - x0)).square().mean()
+    return (v - (eps - x0)).square().mean((1, 2, 3))
+
+
+def sft(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """Vanilla fine-tuning, the baseline of `--method sft`, and with the teacher's pictures as x0 of `sft-teacher`."""
+    return denoising_error(velocity, x0, eps, sigma).mean()
+
+
+def pso(velocity: Callable, reference: Callable, x_win: Tensor, x_lose: Tensor, eps: Tensor, sigma: Tensor,
+        beta: float) -> Tensor:
+    """Pairwise Sample Optimization (arXiv 2410.03190), the baseline of `--method pso`: scalar float32, mean over pairs,
+
+        -log sigmoid(beta [(l_ref(x_win) - l_ref(x_lose)) - (l(x_win) - l(x_lose))]),    l = denoising_error.
+
+    velocity: the student; reference: the untuned model. x_win: target images; x_lose: the model's own samples of the
+    same prompts. eps and sigma, one of the few noise levels that the model was distilled for, are shared by the pair.
+    """
+    with torch.no_grad():
+        gap_reference = denoising_error(reference, x_win, eps, sigma) - denoising_error(reference, x_lose, eps, sigma)
+    gap = denoising_error(velocity, x_win, eps, sigma) - denoising_error(velocity, x_lose, eps, sigma)
+    return -torch.nn.functional.logsigmoid(beta * (gap_reference - gap)).mean()

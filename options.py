@@ -4,6 +4,9 @@
 """
 import argparse
 import dataclasses
+import importlib.metadata
+import signal
+import subprocess
 import sys
 import types
 import typing
@@ -79,6 +82,13 @@ def recipe_of(folder: Path) -> Recipe:
     return TURBO if config["dim"] >= TURBO_WIDTH else SMALL
 
 
+def fill(cfg, recipe: Recipe):
+    """The options of a run (a dataclass) with None replaced by the recipe's values."""
+    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
+                if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
+    return dataclasses.replace(cfg, **defaults)
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 def option(default, text: str, **extra):
     """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
@@ -149,10 +159,39 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)                     # bytes on macOS, kilobytes on Linux
 
 
+def provenance() -> dict:
+    """What a run was made with: versions of the packages, commit of this code."""
+    packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")
+    try:
+        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"commit": commit, "versions": {name: importlib.metadata.version(name) for name in packages}}
+
+
 def check_seed(seed: int) -> None:
     """Raises InputError on what torch's generators do not take."""
     if not 0 <= seed < 2 ** 63:
         raise InputError(f"--seed {seed}: out of range; give a number from 0 to 2**63 - 1")
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop after the step under way, so that whole steps are saved; the second one stops at once."""
+
+    def __enter__(self) -> "Interrupt":
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def handle(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
 
 
 def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> None:

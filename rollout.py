@@ -11,7 +11,7 @@ Differs from the paper / official code:
    point at a time, and the caller calls backward before asking for the next. States are detached: same gradient.
 3. The official grid for Z-Image, sigma = 1, .9, .75, .5, is a list in its options; here it is `sigma_grid(config, 4)`.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Callable, Iterator
 
@@ -75,24 +75,35 @@ class Point:
     sigma: float        # noise level of x
     sigma_next: float   # noise level of the next state; 0 at the last point
     v_student: Tensor   # (B, C, H, W) float32, carries the graph of this one forward
+    course: list[Tensor] = field(default_factory=list)  # [the velocity along which the rollout goes on], without graph
+
+    def follow(self, v: Tensor) -> None:
+        """Go on along v (B, C, H, W) instead of the student's velocity: off-policy, if v is the teacher's."""
+        self.course[:] = [v.detach().float()]
 
 
-def rollout(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Iterator[Point]:
+def rollout(velocity: Velocity, x: Tensor, sigmas: Tensor, learned: set[int] | None = None) -> Iterator[Point]:
     """The student's own trajectory (Eq. 3), one `Point` per step.
 
     velocity: the student, called with gradients on. x: (B, C, H, W) noise at sigmas[0]. sigmas: (K + 1,), `sigma_grid`.
+    learned: numbers of the states that are handed out, by default all of 0 ... K - 1; the others are only walked.
     Call backward on each point before asking for the next: one graph is alive at a time, whatever K is. The last state,
     x0, is not handed out, because no loss is defined there.
     """
     x = x.detach().float()
-    for sigma, sigma_next in pairwise(sigmas.tolist()):
-        point = Point(x, sigma, sigma_next, velocity(x, sigma).float())
-        x = euler(x, point.v_student.detach(), sigma, sigma_next)  # the only line that an SDE step would replace
+    for k, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        if learned is not None and k not in learned:
+            x = sample(velocity, x, sigmas[k:k + 2])
+            continue
+        v_student = velocity(x, sigma).float()
+        course = [v_student.detach()]
+        point = Point(x, sigma, sigma_next, v_student, course)
         # The generator sleeps inside `yield` and then runs the next forward: a local reference left here would keep
         # this point's graph alive beside the next one. So hand over the only reference.
         handover = [point]
-        del point
+        del point, v_student
         yield handover.pop()
+        x = euler(x, course[0], sigma, sigma_next)  # the only line that an SDE step would replace
 
 
 @torch.no_grad()

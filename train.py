@@ -18,10 +18,7 @@ Differs from the official code:
 """
 import dataclasses
 import hashlib
-import importlib.metadata
 import math
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -39,11 +36,18 @@ import loss as objectives
 import model as transformer
 import vae as autoencoder
 from files import InputError, read_json
-from options import (ROOT, Recipe, check_seed, device_and_dtype, model_folder, option, parse, peak_memory_gb,
-                     recipe_of, run as run_program, vlm_of)
-from rollout import rollout, scheduler_shift, sigma_grid
+from options import (Interrupt, Recipe, check_seed, device_and_dtype, fill, model_folder, option, parse,
+                     peak_memory_gb, provenance, recipe_of, run as run_program, vlm_of)
+from rollout import rollout, sample, scheduler_shift, sigma_grid
 from sample import Panels, pixels_per_patch
 
+METHODS = {  # name -> whether it has a teacher that is shown the target image
+    "dopsd": True,          # the student's own states (on-policy), the teacher's velocities: the paper
+    "off-policy": True,     # the teacher's states, the teacher's velocities
+    "sft-teacher": True,    # flow matching on pictures that the teacher samples
+    "sft": False,           # flow matching on the target images: vanilla fine-tuning
+    "pso": False,           # the target images preferred to the model's own samples (arXiv 2410.03190)
+}
 Model = transformer.ZImageTransformer  # the loop needs its `velocity`, lora.py its `lora_names`
 
 
@@ -54,14 +58,18 @@ class Options:
     model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for the teacher's context")
     out: str | None = option(None, "folder of the run; default out/<name of the data>")
-    method: str = option("dopsd", "dopsd, or sft: vanilla flow-matching fine-tuning", choices=("dopsd", "sft"))
+    method: str = option("dopsd", "dopsd, or what it is compared with: METHODS above", choices=tuple(METHODS))
     loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code", choices=tuple(objectives.LOSSES))
     steps: int | None = option(None, "optimizer steps")
     lr: float | None = option(None, "learning rate of AdamW, constant")
     rank: int | None = option(None, "rank of the LoRA")
     alpha: int | None = option(None, "the LoRA is scaled by alpha / rank")
     rollout_steps: int | None = option(None, "K: solver steps of the student's rollout")
+    grad_states: int | None = option(None, "learn at n of the K states, drawn anew for every batch (default: all)")
+    teacher: str = option("ema", "the teacher's weights: ema of the student's, a live copy, or the base model's",
+                          choices=("ema", "copy", "base"))
     ema: float | None = option(None, "m of the teacher: theta_bar <- m theta_bar + (1 - m) theta")
+    beta: float = option(100.0, "of --method pso: how sharply it tells the pair apart")
     batch_size: int | None = option(None, "images per forward pass")
     accumulate: int | None = option(None, "forward passes per optimizer step")
     size: int | None = option(None, "side of the square training picture in pixels; other shapes have about its area")
@@ -90,20 +98,16 @@ STATE = "state.safetensors"
 def check_values(cfg: Options) -> None:
     """Raises InputError on numbers that cannot work; None is left for the recipe."""
     for name, least in (("steps", 1), ("rollout_steps", 1), ("batch_size", 1), ("accumulate", 1), ("rank", 1),
-                        ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0)):
+                        ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0), ("grad_states", 1),
+                        ("beta", 0)):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if value is not None and (not value >= least or not math.isfinite(value)):
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
+    if cfg.grad_states is not None and cfg.method != "dopsd":
+        raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, not {cfg.method}; leave it out")
     check_seed(cfg.seed)
-
-
-def fill(cfg: Options, recipe: Recipe) -> Options:
-    """The options with None replaced by the recipe's values."""
-    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
-                if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
-    return dataclasses.replace(cfg, **defaults)
 
 
 def open_run(cfg: Options, out: Path, fingerprint: str) -> None:
@@ -132,18 +136,6 @@ def open_run(cfg: Options, out: Path, fingerprint: str) -> None:
     files.check_writable(out, f"--out {out}")
 
 
-def describe(cfg: Options, recipe: Recipe, features: "Features") -> dict:
-    """What config.json keeps: options, identity of the data, versions and the commit of this code."""
-    packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")
-    try:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"recipe": recipe.name, "options": asdict(cfg), "data": features.fingerprint, "commit": commit,
-            "versions": {name: importlib.metadata.version(name) for name in packages}}
-
-
 # ------------------------------------------------------------------------------------------------------- features
 class Features:
     """Everything that VAE and encoders contribute: the data set and the panel's contexts. Both are gone afterwards."""
@@ -153,7 +145,7 @@ class Features:
         self.rows = rows
         multiple = pixels_per_patch(folder)
         shapes = data.bucket_shapes(cfg.size, multiple)
-        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if cfg.method == "dopsd" else None
+        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if METHODS[cfg.method] else None
         key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"),
                         data.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
                         str(recipe.image_pixels)])
@@ -222,7 +214,7 @@ class Run:
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
         lora.save(self.student, self.out / "student.safetensors", facts)
-        if self.cfg.method == "dopsd":
+        if METHODS[self.cfg.method]:
             lora.save(self.teacher, self.out / "teacher.safetensors", facts)
         files.write_tensors(self.out / STATE, state, {"step": str(self.step)})
 
@@ -241,32 +233,61 @@ class Run:
                                                for key, value in moments.items()}
 
 
-def dopsd_step(cfg: Options, model: Model, run: Run, batch: data.Batch, sigmas: Tensor, rng: torch.Generator) -> float:
-    """Add the gradient of Eq. 7 for one batch to the student's; returns the loss. rng: of the starting noise."""
-    student_context = [c.to(run.device) for c in batch.student_context]             # c_s = f_text(y), Eq. 4
-    teacher_context = [c.to(run.device) for c in batch.teacher_context]             # c_t = f_mm(y, x0), Eq. 4
-    # (B, C, H, W) at sigma = 1. D-OPSD takes the latents' shape only: x0 itself reaches the student through c_t.
-    x = torch.randn(batch.latents.shape, generator=rng).to(run.device)
-    total = 0.0
+class Sides:
+    """Student and teacher on one batch: their contexts on the device, and the velocities that the methods ask for."""
 
-    def student(x: Tensor, sigma: float) -> Tensor:
-        return model.velocity(x, sigma, student_context, run.student)
+    def __init__(self, run: "Run", model: Model, batch: data.Batch) -> None:
+        self.run, self.model, self.latents = run, model, batch.latents.to(run.device)
+        self.student_context = [c.to(run.device) for c in batch.student_context]    # c_s = f_text(y), Eq. 4
+        self.teacher_context = [c.to(run.device) for c in batch.teacher_context]    # c_t = f_mm(y, x0), Eq. 4
 
-    for point in rollout(student, x, sigmas):                                       # Eq. 3: the student's own states
-        with torch.no_grad():                                                       # Eq. 6: the teacher, same state
-            v_teacher = model.velocity(point.x, point.sigma, teacher_context, run.teacher)
-        loss = objectives.dopsd(point, v_teacher, cfg.loss) / (len(sigmas) - 1)     # Eq. 7: mean over the K states
+    def noise(self, rng: torch.Generator) -> Tensor:
+        """(B, C, H, W): x at sigma = 1."""
+        return torch.randn(self.latents.shape, generator=rng).to(self.run.device)
+
+    def student(self, x: Tensor, sigma: float | Tensor) -> Tensor:                  # Eq. 5
+        return self.model.velocity(x, sigma, self.student_context, self.run.student)
+
+    @torch.no_grad()
+    def teacher(self, x: Tensor, sigma: float | Tensor) -> Tensor:                  # Eq. 6
+        return self.model.velocity(x, sigma, self.teacher_context, self.run.teacher)
+
+    def untuned(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        return self.model.velocity(x, sigma, self.student_context)
+
+
+def dopsd_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator) -> float:
+    """Add the gradient of Eq. 7 for one batch to the student's; returns the loss. rng: of noise and learned states.
+
+    The latents give the shape only: x0 itself reaches the student through the teacher's context.
+    """
+    x, steps, total = sides.noise(rng), len(sigmas) - 1, 0.0
+    learned = set(torch.randperm(steps, generator=rng)[:cfg.grad_states or steps].tolist())
+    for point in rollout(sides.student, x, sigmas, learned):                        # Eq. 3: the student's own states
+        v_teacher = sides.teacher(point.x, point.sigma)                             # Eq. 6: the teacher, same state
+        if cfg.method == "off-policy":
+            point.follow(v_teacher)                                                 # else the teacher's own states
+        loss = objectives.dopsd(point, v_teacher, cfg.loss) / len(learned)          # Eq. 7: mean over the K states
         (loss / cfg.accumulate).backward()                                          # one graph alive at a time
         total += loss.item()
     return total
 
 
-def sft_step(cfg: Options, model: Model, run: Run, batch: data.Batch, shift: float, rng: torch.Generator) -> float:
-    """Add the gradient of vanilla fine-tuning for one batch to the student's; returns the loss."""
-    context = [c.to(run.device) for c in batch.student_context]
-    x0, eps = batch.latents.to(run.device), torch.randn(batch.latents.shape, generator=rng).to(run.device)
-    sigma = objectives.draw_sigma(rng, shift, len(eps)).to(run.device)              # (B,)
-    loss = objectives.sft(lambda x, s: model.velocity(x, s, context, run.student), x0, eps, sigma)
+def sft_step(cfg: Options, sides: Sides, sigmas: Tensor, shift: float, rng: torch.Generator) -> float:
+    """Add the gradient of flow matching for one batch to the student's; returns the loss."""
+    x0 = sample(sides.teacher, sides.noise(rng), sigmas) if cfg.method == "sft-teacher" else sides.latents
+    eps, sigma = sides.noise(rng), objectives.draw_sigma(rng, shift, len(x0)).to(x0.device)
+    loss = objectives.sft(sides.student, x0, eps, sigma)
+    (loss / cfg.accumulate).backward()
+    return loss.item()
+
+
+def pso_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator) -> float:
+    """Add the gradient of pairwise sample optimization for one batch to the student's; returns the loss."""
+    own = sample(sides.student, sides.noise(rng), sigmas)                           # what the model draws by now
+    k = torch.randint(len(sigmas) - 1, (len(own),), generator=rng)                  # noise levels of its own sampler
+    loss = objectives.pso(sides.student, sides.untuned, sides.latents, own, sides.noise(rng),
+                          sigmas[k].to(own.device), cfg.beta)
     (loss / cfg.accumulate).backward()
     return loss.item()
 
@@ -275,18 +296,20 @@ def draw_panel(cfg: Options, run: Run, panels: Panels) -> None:
     """samples/step_N.png of the current step."""
     note = f"{cfg.method}, step {run.step} of {cfg.steps}"
     panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", note, run.student,
-                run.teacher if cfg.method == "dopsd" else None)
+                run.teacher if METHODS[cfg.method] else None)
 
 
 def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset, scheduler: dict) -> float:
     """The gradient of one optimizer step, from `cfg.accumulate` batches; returns the mean loss."""
     sigmas, shift, total = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler), 0.0
     for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
-        batch, rng = dataset.batch(number), data.generator(cfg.seed, "noise", number)
-        if cfg.method == "dopsd":
-            total += dopsd_step(cfg, model, run, batch, sigmas, rng)
+        sides, rng = Sides(run, model, dataset.batch(number)), data.generator(cfg.seed, "noise", number)
+        if cfg.method in ("dopsd", "off-policy"):
+            total += dopsd_step(cfg, sides, sigmas, rng)
+        elif cfg.method == "pso":
+            total += pso_step(cfg, sides, sigmas, rng)
         else:
-            total += sft_step(cfg, model, run, batch, shift, rng)
+            total += sft_step(cfg, sides, sigmas, shift, rng)
     return total / cfg.accumulate
 
 
@@ -294,7 +317,7 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     if cfg.sample_every and run.step in (0, cfg.steps):
         draw_panel(cfg, run, panels)                                    # at 0: can the teacher draw the concept at all?
-    metrics = run.out / "metrics.jsonl"
+    metrics, decay = run.out / "metrics.jsonl", {"ema": cfg.ema, "copy": 0.0, "base": 1.0}[cfg.teacher]
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
     with Interrupt() as interrupt:
         for _ in bar:
@@ -311,7 +334,7 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
                 raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is in "
                                  f"{run.out}; start anew with another --out and a smaller --lr or --dtype float32")
             run.optimizer.step()
-            lora.ema_(run.teacher, run.student, cfg.ema)                # theta_bar <- m theta_bar + (1 - m) theta
+            lora.ema_(run.teacher, run.student, decay)                  # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
             seconds, memory = time.time() - started, peak_memory_gb(run.device)
             files.append_json_line(metrics, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
@@ -326,24 +349,6 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
                 draw_panel(cfg, run, panels)
     return 0
-
-
-class Interrupt:
-    """Ctrl-C asks for a stop after the step under way, so that whole steps are saved; the second one stops at once."""
-
-    def __enter__(self) -> "Interrupt":
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self.handle)
-        return self
-
-    def handle(self, *_) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
 
 
 def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype) -> None:
@@ -366,6 +371,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
     cfg = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
+    if (cfg.grad_states or 1) > cfg.rollout_steps:
+        raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
+                         f"{cfg.rollout_steps}")
     source = Path(cfg.data).resolve()
     out = Path(cfg.out or Path("out") / (source.stem if source.is_file() else source.name))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -378,7 +386,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.resume:
         run.load()
     files.keep_json_lines(out / "metrics.jsonl", lambda numbers: numbers["step"] <= run.step)
-    files.write_json(out / "config.json", describe(cfg, recipe, features))
+    files.write_json(out / "config.json", {"recipe": recipe.name, "options": asdict(cfg), "data": features.fingerprint,
+                                           **provenance()})
     print_summary(cfg, recipe, folder, run, features.dataset, dtype)
     panels = Panels(folder, model, sigmas, cfg.seed, features.prompts, features.targets, features.student,
                     features.teacher)

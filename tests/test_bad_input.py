@@ -182,6 +182,9 @@ VALUES = {  # flags: words of the message
     ("--rollout-steps", -1): ("--rollout-steps -1", "1 or more"),
     ("--ema", 1.5): ("--ema 1.5", "[0, 1]"), ("--ema", -0.1): ("--ema -0.1", "[0, 1]"),
     ("--ema", "nan"): ("--ema nan", "[0, 1]"),
+    ("--grad-states", 0): ("--grad-states 0", "1 or more"), ("--grad-states", 9): ("--grad-states 9", "1 to 2"),
+    ("--grad-states", 1, "--method", "sft"): ("--grad-states 1", "only for --method dopsd", "not sft"),
+    ("--beta", -1, "--method", "pso"): ("--beta -1.0", "0 or more"),
     ("--lr", -1e-4): ("--lr -0.0001", "0 or more"), ("--lr", "nan"): ("--lr nan",), ("--lr", "inf"): ("--lr inf",),
     ("--rank", 0): ("--rank 0", "1 or more"), ("--alpha", 0): ("--alpha 0", "1 or more"),
     ("--batch-size", 0): ("--batch-size 0", "1 or more"), ("--accumulate", 0): ("--accumulate 0", "1 or more"),
@@ -299,6 +302,13 @@ def test_argparse_refuses(place, capsys, main, words):
     assert caught.value.code == 2 and words[-1] in capsys.readouterr().err and place.snapshot() == before
 
 
+def test_unknown_methods_and_teachers_are_refused(capsys):
+    for words in (["--method", "dpo"], ["--teacher", "student"]):
+        with pytest.raises(SystemExit) as caught:
+            train.main(["--data", "photos", *words])
+        assert caught.value.code == 2 and f"argument {words[0]}: invalid choice: '{words[1]}'" in capsys.readouterr().err
+
+
 def test_data_is_required(capsys):
     with pytest.raises(SystemExit) as caught:
         train.main([])
@@ -308,7 +318,7 @@ def test_data_is_required(capsys):
 # ---------------------------------------------------------------------------------------------------- runs that exist
 CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "v", "--method": "sft", "--ema": 0.5,
            "--size": 40, "--batch-size": 3, "--accumulate": 2, "--rollout-steps": 3, "--teacher-rope": "text",
-           "--dtype": "bfloat16", "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
+           "--teacher": "base", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16", "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
 
 
 def test_existing_runs_are_neither_overwritten_nor_continued_differently(place):

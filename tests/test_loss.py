@@ -1,9 +1,11 @@
 """Objectives against explicit formulas, finite differences and closed-form gradients."""
+import math
+
 import pytest
 import torch
 
 from files import InputError
-from loss import LOSSES, dopsd, draw_sigma, sft
+from loss import LOSSES, denoising_error, dopsd, draw_sigma, pso, sft
 from rollout import Point, rollout, sigma_grid
 
 TURBO = {"shift": 3.0}
@@ -118,3 +120,40 @@ def test_sft():
     assert float(loss) == pytest.approx(float(((0.1 * seen["x"] - (eps - x0)) ** 2).mean()), rel=1e-6)
     assert float(sft(lambda x, s: eps - x0, x0, eps, sigma)) == 0.0
     assert sft(velocity, x0.bfloat16(), eps.bfloat16(), sigma).dtype == torch.float32
+
+
+def test_denoising_error_is_of_each_image():
+    x0, eps, sigma = draw(12), draw(13), torch.tensor([0.5, 0.9])
+    errors = denoising_error(lambda x, s: 0.3 * x, x0, eps, sigma)
+    for b, s in enumerate((0.5, 0.9)):
+        v = 0.3 * ((1 - s) * x0[b] + s * eps[b])
+        assert float(errors[b]) == pytest.approx(float(((v - (eps[b] - x0[b])) ** 2).mean()), rel=1e-5)
+    assert errors.shape == (2,)
+
+
+@pytest.mark.parametrize("beta", [0.5, 20.0])
+def test_pso(beta):
+    """Against the definition with numbers; at equal models it is log 2; its gradient is a sigmoid times the margin's."""
+    win, lose, eps, sigma = draw(14), draw(15), draw(16), torch.tensor([0.75, 1.0])
+    weight = torch.tensor(0.2, requires_grad=True)
+
+    def student(x, s):
+        return weight * x
+
+    def reference(x, s):
+        return -0.1 * x
+
+    loss, expected, slope = pso(student, reference, win, lose, eps, sigma, beta), 0.0, 0.0
+    for b, s in enumerate((0.75, 1.0)):
+        x = {name: (1 - s) * x0[b] + s * eps[b] for name, x0 in (("win", win), ("lose", lose))}
+        goal = {"win": eps[b] - win[b], "lose": eps[b] - lose[b]}
+        l = {name: ((0.2 * x[name] - goal[name]) ** 2).mean() for name in x}
+        l_ref = {name: ((-0.1 * x[name] - goal[name]) ** 2).mean() for name in x}
+        margin = float((l_ref["win"] - l_ref["lose"]) - (l["win"] - l["lose"]))
+        expected += math.log(1 + math.exp(-beta * margin)) / 2
+        change = {name: 2 * ((0.2 * x[name] - goal[name]) * x[name]).mean() for name in x}      # dl / dweight
+        slope += float(beta * (change["win"] - change["lose"]) / (1 + math.exp(beta * margin))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert float(weight.grad) == pytest.approx(slope, rel=1e-3)
+    assert float(pso(reference, reference, win, lose, eps, sigma, beta)) == pytest.approx(math.log(2), rel=1e-6)

@@ -204,3 +204,31 @@ def test_generator_keeps_no_reference():
     finally:
         gc.enable()
     assert seen == [True] * 4
+
+
+def test_a_point_can_be_left_along_another_velocity():
+    """The next state is x + (sigma' - sigma) v for the v that was followed, and the gradient stays at the student."""
+    net, noise, grid = student(), torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 3)
+    x = noise
+    for point in rollout(lambda x, sigma: net(x), noise, grid):
+        assert torch.allclose(point.x, x)
+        v = torch.full_like(x, point.sigma, requires_grad=True)
+        point.follow(v)
+        x = x + (point.sigma_next - point.sigma) * point.sigma
+        assert not point.x.requires_grad and point.v_student.requires_grad
+
+
+@pytest.mark.parametrize("learned", [{0}, {1, 3}, {0, 1, 2, 3}, set()])
+def test_states_that_are_not_learned_are_walked(learned):
+    net, noise, grid, graphs = student(), torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 4), []
+
+    def velocity(x, sigma):
+        graphs.append(torch.is_grad_enabled())
+        return net(x)
+
+    every = list(rollout(lambda x, sigma: net(x), noise, grid))
+    some = list(rollout(velocity, noise, grid, learned))
+    assert graphs == [k in learned for k in range(4)]
+    assert len(some) == len(learned)
+    for k, point in zip(sorted(learned), some):
+        assert torch.equal(point.x, every[k].x) and point.sigma == every[k].sigma

@@ -1,5 +1,6 @@
 """train.py: each number of a run against an independent computation, and what a run leaves behind."""
 import gc
+import itertools
 import json
 import shutil
 import weakref
@@ -86,7 +87,8 @@ def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpo
     assert parts.model.checkpointing == (checkpointing == "--checkpointing")
     student, teacher = fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
     batch, sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER, 4)
-    value = train.dopsd_step(parts.cfg, parts.model, parts.run, batch, sigmas, data.generator(0, "noise", 0))
+    sides = train.Sides(parts.run, parts.model, batch)
+    value = train.dopsd_step(parts.cfg, sides, sigmas, data.generator(0, "noise", 0))
     parts.model.checkpointing = False
     whole = equation_7(with_adapter(parts.model, student), with_adapter(parts.model, teacher), batch,
                        noise_of(batch, 0, 0), 4, kind)
@@ -119,7 +121,7 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
         return call
 
     batch = parts.dataset.batch(0)
-    value = train.dopsd_step(parts.cfg, parts.model, parts.run, batch, sigma_grid(SCHEDULER, 2),
+    value = train.dopsd_step(parts.cfg, train.Sides(parts.run, parts.model, batch), sigma_grid(SCHEDULER, 2),
                              data.generator(0, "noise", 0))
     whole = equation_7(velocity("student"), velocity("teacher"), batch, noise_of(batch, 0, 0), 2, "v")
     theirs.set_adapter("student")
@@ -150,6 +152,115 @@ def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
     assert line["gradient_norm"] == pytest.approx(norm_of(gradient), rel=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------- the other methods
+@pytest.fixture
+def filled(prepare):
+    """filled(flags, ...) -> parts with a student and a teacher that differ from the base, the first batch, its noise."""
+    def start(*flags) -> SimpleNamespace:
+        parts = prepare(*flags)
+        fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
+        parts.batch, parts.rng = parts.dataset.batch(0), data.generator(0, "noise", 0)
+        parts.sides, parts.sigmas = train.Sides(parts.run, parts.model, parts.batch), sigma_grid(SCHEDULER, 2)
+        return parts
+    return start
+
+
+def agrees(value: float, parts, expected: torch.Tensor) -> None:
+    """A step returned the loss and left the gradient of `expected`."""
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    gradients = torch.autograd.grad(expected, parts.run.student.parameters())
+    for tensor, gradient in zip(parts.run.student.parameters(), gradients):
+        assert torch.allclose(tensor.grad, gradient, rtol=1e-3, atol=1e-6) and gradient.abs().max() > 1e-4
+
+
+def test_off_policy_compares_at_the_teachers_states(filled):
+    parts = filled("--method", "off-policy")
+    value = train.dopsd_step(parts.cfg, parts.sides, parts.sigmas, parts.rng)
+    x, terms = noise_of(parts.batch, 0, 0), []
+    student, teacher = (with_adapter(parts.model, side) for side in (parts.run.student, parts.run.teacher))
+    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
+        goal = teacher(x, sigma, parts.batch.teacher_context).detach()
+        terms.append(((student(x, sigma, parts.batch.student_context) - goal) ** 2).mean())
+        x = x + (following - sigma) * goal                                          # D-OPSD goes on with the student's
+    agrees(value, parts, sum(terms) / 2)
+
+
+def test_sft_teacher_learns_from_the_teachers_pictures(filled):
+    parts = filled("--method", "sft-teacher")
+    value = train.sft_step(parts.cfg, parts.sides, parts.sigmas, 3.0, parts.rng)
+    rng, x = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
+    torch.randn(x.shape, generator=rng)
+    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
+        v = parts.model.velocity(x, sigma, parts.batch.teacher_context, parts.run.teacher)
+        x = (x + (following - sigma) * v).detach()
+    eps = torch.randn(x.shape, generator=rng)
+    sigma = objectives.draw_sigma(rng, 3.0, len(x))
+    s = sigma.view(-1, 1, 1, 1)
+    v = parts.model.velocity((1 - s) * x + s * eps, sigma, parts.batch.student_context, parts.run.student)
+    agrees(value, parts, ((v - (eps - x)) ** 2).mean())
+
+
+def test_pso_prefers_the_target_to_an_own_sample(filled):
+    parts = filled("--method", "pso", "--beta", 3)
+    value = train.pso_step(parts.cfg, parts.sides, parts.sigmas, parts.rng)
+    rng, own = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
+    torch.randn(own.shape, generator=rng)
+    k = torch.randint(2, (len(own),), generator=rng)
+    eps, sigma = torch.randn(own.shape, generator=rng), parts.sigmas[k]
+    for at, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
+        own = (own + (following - at) * parts.model.velocity(own, at, parts.batch.student_context, parts.run.student))
+        own = own.detach()
+    s, errors = sigma.view(-1, 1, 1, 1), {}
+    for name, x0 in (("win", parts.batch.latents), ("lose", own)):
+        for adapter in (None, parts.run.student):
+            v = parts.model.velocity((1 - s) * x0 + s * eps, sigma, parts.batch.student_context, adapter)
+            errors[name, adapter is None] = ((v - (eps - x0)) ** 2).flatten(1).mean(1)
+    margin = (errors["win", True] - errors["lose", True]) - (errors["win", False] - errors["lose", False])
+    agrees(value, parts, torch.log(1 + torch.exp(-3 * margin)).mean())
+
+
+@pytest.mark.parametrize("grad_states", [1, 2, 3])
+def test_learned_states_are_unbiased(filled, grad_states):
+    """A loss is the mean over a subset of the states; over all subsets these average to Eq. 7, and all are drawn."""
+    parts = filled("--rollout-steps", 3, "--grad-states", grad_states)
+    sigmas, batch = sigma_grid(SCHEDULER, 3), parts.batch
+    terms, x = [], noise_of(batch, 0, 0)
+    for sigma, following in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.student)
+        goal = parts.model.velocity(x, sigma, batch.teacher_context, parts.run.teacher).detach()
+        terms.append(((v - goal) ** 2).mean())
+        x = (x + (following - sigma) * v).detach()
+    subsets = [set(s) for s in itertools.combinations(range(3), grad_states)]
+    means = [sum(terms[k] for k in subset).item() / grad_states for subset in subsets]
+    assert sum(means) / len(means) == pytest.approx(sum(terms).item() / 3, rel=1e-5)
+    seen = set()
+    parts.sides.noise = lambda _: noise_of(batch, 0, 0)                             # so that the states alone differ
+    for seed in range(12):
+        value = train.dopsd_step(parts.cfg, parts.sides, sigmas, torch.Generator().manual_seed(seed))
+        drawn = [i for i, mean in enumerate(means) if value == pytest.approx(mean, rel=1e-4)]
+        assert len(drawn) == 1
+        seen |= set(drawn)
+    assert seen == set(range(len(subsets)))
+
+
+@pytest.mark.parametrize("teacher, equal", [("copy", "student"), ("base", "start"), ("ema", None)])
+def test_teachers(run, prepare, teacher, equal):
+    start = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    state = load_file(run("real", "--steps", 2, "--teacher", teacher) / STATE)
+    same = {"student": all(torch.equal(state[f"teacher.{name}"], state[f"student.{name}"]) for name in start),
+            "start": all(torch.equal(state[f"teacher.{name}"], tensor) for name, tensor in start.items())}
+    assert [name for name, is_same in same.items() if is_same] == ([equal] if equal else [])
+
+
+@pytest.mark.parametrize("method", list(train.METHODS))
+def test_every_method_trains_and_resumes(run, method):
+    whole = run("whole", "--method", method, "--steps", 3)
+    run("parts", "--method", method, "--steps", 1)
+    parts = run("parts", "--method", method, "--steps", 3, "--resume")
+    assert metrics(whole) == metrics(parts)
+    assert (whole / "teacher.safetensors").exists() == train.METHODS[method]
+
+
 # ---------------------------------------------------------------------------------------------------- the update
 def norm_of(gradients) -> float:
     return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
@@ -157,7 +268,8 @@ def norm_of(gradients) -> float:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
-    parts, losses = prepare("--accumulate", accumulate), []
+    flags = ("--accumulate", accumulate, "--alpha", 60)                              # so large that it is clipped
+    parts, losses = prepare(*flags), []
     before = {name: tensor.detach().clone() for name, tensor in parts.run.student.tensors().items()}
     for number in range(accumulate):
         batch = parts.dataset.batch(number)
@@ -165,7 +277,7 @@ def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
                                  noise_of(batch, 0, number), 2, "v"))
     gradients = torch.autograd.grad(sum(losses) / accumulate, parts.run.student.parameters())
     norm = norm_of(gradients)
-    out = run("real", "--steps", 1, "--accumulate", accumulate)
+    out = run("real", "--steps", 1, *flags)
     assert metrics(out)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1
     after = load_file(out / STATE)
     for name, gradient in zip(before, gradients, strict=True):
