@@ -182,7 +182,7 @@ VALUES = {  # flags: words of the message
     ("--rollout-steps", -1): ("--rollout-steps -1", "1 or more"),
     ("--ema", 1.5): ("--ema 1.5", "[0, 1]"), ("--ema", -0.1): ("--ema -0.1", "[0, 1]"),
     ("--ema", "nan"): ("--ema nan", "[0, 1]"),
-    ("--grad-states", 0): ("--grad-states 0", "1 or more"), ("--grad-states", 9): ("--grad-states 9", "1 to 2"),
+    ("--grad-states", 0): ("--grad-states 0", "1 or more"), ("--grad-states", 9): ("--grad-states 9", "1 to 4"),
     ("--grad-states", 1, "--method", "sft"): ("--grad-states 1", "only for --method dopsd", "not sft"),
     ("--beta", -1, "--method", "pso"): ("--beta -1.0", "0 or more"),
     ("--lr", -1e-4): ("--lr -0.0001", "0 or more"), ("--lr", "nan"): ("--lr nan",), ("--lr", "inf"): ("--lr inf",),
