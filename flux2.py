@@ -1,0 +1,350 @@
+"""The FLUX.2-klein transformer, written out by hand: the second backbone, with the `velocity` of model.py.
+
+D-OPSD (arXiv 2605.05204) trains it with an edit context: the teacher sees the target as a reference image, that is as
+latents beside the text. A reader of the method can skip this file. Module and parameter names equal those of the
+diffusers checkpoint, so that weights load strictly and without renaming.
+
+Latents are (B, 32, H / 8, W / 8). The network's tokens are their 2x2 squares: 128 channels, in the order (channel, row,
+column). That packing, position ids and padding stay inside this file. The VAE's BatchNorm has statistics of packed
+channels, so the VAE side packs, normalises and unpacks before latents come here; noise needs none of it.
+
+Differs from the official code:
+1. LoRA reaches every block. The official list has FLUX.1's layer names, with which PEFT silently trains only the
+   attention of the double-stream blocks, a small part of the intended parameters.
+2. Training walks the grid of inference, `sigma_grid`: 1, .967, .908, .767 for four steps at 1024x1024. The official
+   training grid forgets the pipeline's u: 1, .952, .832, .0098.
+3. The adapter is an argument of `velocity`, handed down to each block, never the state of a module (see lora.py).
+4. Each sample has its own references, in number and size; the pipeline repeats one set for its whole batch.
+5. Latents and sigma are float32 up to the first Linear; in bf16 the pipeline rounds both at every step.
+6. Only what klein uses: no guidance embedding, no cache of references. Other configurations are refused.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError, load_strictly, read_json, tensors
+from lora import Adapter, AdapterBlock, linear
+from model import compile_blocks, rope_table, rotate
+from rollout import UNSUPPORTED
+
+KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
+        "joint_attention_dim", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps",
+        "guidance_embeds")
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True,
+             "time_shift_type": "exponential"}  # what `sigma_grid` computes
+SQUARE = 2           # side of the squares of latents that are packed into tokens
+TIME_SCALE = 1000.0  # the network was trained on this times sigma
+GAP = 10             # on the first position axis, reference image j is at 10 + 10 j and the image itself at 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one sample is conditioned on."""
+    text: Tensor                         # (L, joint_attention_dim); all L tokens are attended to
+    references: tuple[Tensor, ...] = ()  # latents (32, h, w) of reference images, normalised like x, of any sizes
+
+
+def check_config(config: dict) -> None:
+    """Refuse, with an InputError, configurations that are not FLUX.2-klein's kind of transformer."""
+    for key in KEYS:
+        if key not in config:
+            raise InputError(f"transformer config: the key {key!r} is missing; use that of a FLUX.2-klein checkpoint")
+    sides, head = list(config["axes_dims_rope"]), config["attention_head_dim"]
+    channels, out, waves = config["in_channels"], config.get("out_channels"), config["timestep_guidance_channels"]
+    for wrong, what in (
+        (config["guidance_embeds"], f"guidance_embeds {config['guidance_embeds']} (false only)"),
+        (config["patch_size"] != 1, f"patch_size {config['patch_size']} (1 only)"),
+        (channels % SQUARE ** 2, f"in_channels {channels} (multiples of {SQUARE ** 2} only)"),
+        (out not in (None, channels), f"out_channels {out} (null or equal to in_channels only)"),
+        (waves % 2, f"timestep_guidance_channels {waves} (even numbers only)"),
+        (len(sides) != 4 or any(side % 2 for side in sides) or sum(sides) != head,
+         f"axes_dims_rope {sides} (four even numbers whose sum is attention_head_dim = {head} only)"),
+    ):
+        if wrong:
+            raise InputError(f"transformer config: unsupported {what}; use a FLUX.2-klein checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------- schedule
+def empirical_mu(tokens: int, steps: int) -> float:
+    """log of the time shift: fits to the number of image tokens at 10 and at 200 steps, and a line between the two."""
+    at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return at_200 if tokens > 4300 else at_10 + (at_200 - at_10) * (steps - 10) / 190
+
+
+def sigma_grid(scheduler_config: dict, steps: int, height: int, width: int) -> Tensor:
+    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0.
+
+    scheduler_config: content of scheduler/scheduler_config.json; height, width: sides of the latents x (128 for 1024
+    pixels), on which the shift depends. Source: Flux2KleinPipeline of diffusers 0.42.1. Raises InputError.
+    """
+    found = SCHEDULER | {"use_dynamic_shifting": False} | scheduler_config  # diffusers' choice for missing keys
+    for key in (*SCHEDULER, *UNSUPPORTED):
+        if (found.get(key) or None) != SCHEDULER.get(key):
+            raise InputError(f"scheduler_config.json: {key} = {found.get(key)} is not supported with FLUX.2-klein; "
+                             "use the scheduler of its checkpoint")
+    if steps < 1:
+        raise InputError(f"steps = {steps}: a sampler needs at least one step; give 1 or more")
+    shift = math.exp(empirical_mu((height // SQUARE) * (width // SQUARE), steps))
+    u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+    return torch.cat([shift / (shift + 1 / u - 1), torch.zeros(1)]).float()  # (steps + 1,)
+
+
+# ---------------------------------------------------------------------------------------------------- pieces
+def pack(x: Tensor) -> Tensor:
+    """Latents (..., C, H, W) -> tokens (..., H W / 4, 4 C)."""
+    return rearrange(x, "... c (h p) (w q) -> ... (h w) (c p q)", p=SQUARE, q=SQUARE)
+
+
+def grid_ids(t: int, latents: Tensor, device: torch.device) -> Tensor:
+    """Positions (H W / 4, 4) of the tokens of latents (..., H, W): the square in row r and column c is (t, r, c, 0)."""
+    rows, columns = (side // SQUARE for side in latents.shape[-2:])
+    square = torch.arange(rows * columns, device=device)
+    return torch.stack([torch.full_like(square, t), square // columns, square % columns, 0 * square], dim=-1)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights of its own, then scale and shift (b, 1, dim)."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    """Attention of q, k, v (B, S, heads, D), with q and k turned by their positions -> (B, S, heads * D)."""
+    q, k = rotate(q, rope), rotate(k, rope)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return y.transpose(1, 2).flatten(2)
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of the time, then two Linears."""
+
+    def __init__(self, waves: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(waves, dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (b,) float32, already scaled -> (b, dim) in the weights' dtype."""
+        half = self.linear_1.in_features // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None] * frequencies                                               # (b, half), float32
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class Modulation(nn.Module):
+    """A Linear of the embedded time, shared by all blocks of a kind: vectors that shift, scale and gate them."""
+
+    def __init__(self, dim: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim, bias=False)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(time)).unsqueeze(1).chunk(self.parts, dim=-1)         # (b, 1, dim) each
+
+
+def swiglu(layers: nn.ModuleDict, x: Tensor, adapter: AdapterBlock, name: str) -> Tensor:
+    """The feed-forward called `name` in its block: two inner projections in one Linear, the first gates the second."""
+    gate, value = linear(layers["linear_in"], x, adapter, f"{name}.linear_in").chunk(2, dim=-1)
+    return linear(layers["linear_out"], F.silu(gate) * value, adapter, f"{name}.linear_out")
+
+
+class DoubleBlock(nn.Module):
+    """Two streams, text and image, with weights of their own; they meet in the attention."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float):
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.attn = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in (
+            "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")})
+        self.attn["to_out"] = nn.ModuleList([nn.Linear(dim, dim, bias=False)])  # the checkpoint says to_out.0
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            self.attn[name] = nn.RMSNorm(dim // heads, eps=eps)
+        self.ff, self.ff_context = (nn.ModuleDict({"linear_in": nn.Linear(dim, 2 * hidden, bias=False),
+                                                   "linear_out": nn.Linear(hidden, dim, bias=False)})
+                                    for _ in range(2))
+
+    def forward(self, text: Tensor, image: Tensor, of_text: tuple[Tensor, ...], of_image: tuple[Tensor, ...],
+                rope: tuple[Tensor, Tensor], mask: Tensor | None, adapter: AdapterBlock) -> tuple[Tensor, Tensor]:
+        """text (B, L, dim), image (B, N, dim), mask (B, 1, 1, L + N) bool with True = attend, or None.
+
+        of_text, of_image: shift, scale, gate of the attention, then of the feed-forward; (b, 1, dim), b = 1 or B.
+        """
+        def heads(x: Tensor, name: str) -> Tensor:
+            return linear(attn[name], x, adapter, f"attn.{name}").unflatten(-1, (self.heads, -1))
+
+        attn, eps = self.attn, self.eps
+        t, i = modulated(text, *of_text[:2], eps), modulated(image, *of_image[:2], eps)
+        q = torch.cat([attn["norm_added_q"](heads(t, "add_q_proj")), attn["norm_q"](heads(i, "to_q"))], dim=1)
+        k = torch.cat([attn["norm_added_k"](heads(t, "add_k_proj")), attn["norm_k"](heads(i, "to_k"))], dim=1)
+        v = torch.cat([heads(t, "add_v_proj"), heads(i, "to_v")], dim=1)                # (B, L + N, heads, D)
+        t, i = attend(q, k, v, rope, mask).split([text.shape[1], image.shape[1]], dim=1)
+        text = text + of_text[2] * linear(attn["to_add_out"], t, adapter, "attn.to_add_out")
+        image = image + of_image[2] * linear(attn["to_out"][0], i, adapter, "attn.to_out.0")
+        text = text + of_text[5] * swiglu(self.ff_context, modulated(text, *of_text[3:5], eps), adapter, "ff_context")
+        return text, image + of_image[5] * swiglu(self.ff, modulated(image, *of_image[3:5], eps), adapter, "ff")
+
+
+class SingleBlock(nn.Module):
+    """One stream for text and image; attention and SwiGLU side by side, one Linear into both and one out of both."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float):
+        super().__init__()
+        self.eps, self.heads, self.widths = eps, heads, [dim, dim, dim, hidden, hidden]
+        self.attn = nn.ModuleDict({"to_qkv_mlp_proj": nn.Linear(dim, sum(self.widths), bias=False),
+                                   "to_out": nn.Linear(dim + hidden, dim, bias=False),
+                                   "norm_q": nn.RMSNorm(dim // heads, eps=eps),
+                                   "norm_k": nn.RMSNorm(dim // heads, eps=eps)})
+
+    def forward(self, x: Tensor, of_both: tuple[Tensor, ...], rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                adapter: AdapterBlock) -> Tensor:
+        """x (B, S, dim), mask (B, 1, 1, S) or None; of_both: shift, scale, gate."""
+        y = linear(self.attn["to_qkv_mlp_proj"], modulated(x, *of_both[:2], self.eps), adapter, "attn.to_qkv_mlp_proj")
+        q, k, v, gate, value = y.split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))          # (B, S, heads, D) each
+        y = attend(self.attn["norm_q"](q), self.attn["norm_k"](k), v, rope, mask)       # (B, S, dim)
+        y = torch.cat([y, F.silu(gate) * value], dim=-1)                                # (B, S, dim + hidden)
+        return x + of_both[2] * linear(self.attn["to_out"], y, adapter, "attn.to_out")
+
+
+# ---------------------------------------------------------------------------------------------------- the network
+class Flux2Transformer(nn.Module):
+    """Diffusion transformer over [text, image, references]: double-stream blocks, then single-stream blocks."""
+
+    def __init__(self, config: dict):
+        """config: the content of transformer/config.json (other keys are ignored). Raises InputError."""
+        super().__init__()
+        check_config(config)
+        packed, self.eps, heads = config["in_channels"], config["eps"], config["num_attention_heads"]
+        dim = heads * config["attention_head_dim"]
+        sizes = (dim, heads, int(dim * config["mlp_ratio"]), self.eps)
+        self.in_channels, self.multiple = packed // SQUARE ** 2, SQUARE  # of latents; their sides are multiples of it
+        self.axes, self.theta = list(config["axes_dims_rope"]), config["rope_theta"]
+        self.checkpointing = False
+        self.x_embedder = nn.Linear(packed, dim, bias=False)
+        self.context_embedder = nn.Linear(config["joint_attention_dim"], dim, bias=False)
+        self.time_guidance_embed = nn.ModuleDict(
+            {"timestep_embedder": TimeEmbedder(config["timestep_guidance_channels"], dim)})
+        self.double_stream_modulation_txt, self.double_stream_modulation_img = Modulation(dim, 6), Modulation(dim, 6)
+        self.single_stream_modulation, self.norm_out = Modulation(dim, 3), Modulation(dim, 2)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(*sizes) for _ in range(config["num_layers"]))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(*sizes) for _ in range(config["num_single_layers"]))
+        self.proj_out = nn.Linear(dim, packed, bias=False)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Name -> block, for all repeated blocks."""
+        return {f"{group}.{i}": block for group in ("transformer_blocks", "single_transformer_blocks")
+                for i, block in enumerate(getattr(self, group))}
+
+    def lora_names(self) -> list[str]:
+        """Full names of the Linear layers that LoRA trains: all of every block, attention and feed-forward."""
+        return [f"{name}.{part}" for name, block in self.blocks().items() for part, layer in block.named_modules()
+                if isinstance(layer, nn.Linear)]
+
+    adaptable_names = lora_names  # all that an adapter may change: modulation belongs to no block here
+
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Tensor | Context],
+                 adapter: Adapter | None = None) -> Tensor:
+        """v = eps - x0 at noise level sigma (the convention of this project; Eq. 5 and 6 up to its time direction).
+
+        x: (B, C, H, W) float32, H and W even; sigma: float, () or (B,) in [0, 1]; context: B `Context`s, or text
+        tensors alone, with any numbers of tokens and references, of any float dtype; adapter: LoRA or None.
+        Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
+        """
+        context = [c if isinstance(c, Context) else Context(c) for c in context]
+        self._check(x, context)
+        dtype, length = self.proj_out.weight.dtype, max(len(c.text) for c in context)
+        rope, mask = self._layout(x, context)
+
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)    # (1,) or (B,)
+        time = self.time_guidance_embed["timestep_embedder"](sigma * TIME_SCALE)            # (1 or B, dim)
+        of_text, of_image = self.double_stream_modulation_txt(time), self.double_stream_modulation_img(time)
+        of_both, (scale, shift) = self.single_stream_modulation(time), self.norm_out(time)  # scale first in norm_out
+
+        text = pad_sequence([c.text.to(x.device, dtype) for c in context], batch_first=True)
+        text = self.context_embedder(text)                                                  # (B, L, dim)
+        squares = pack(x)                                                                   # (B, h w, 4 C)
+        references = [torch.cat([squares[0, :0], *(pack(r.to(x)) for r in c.references)]) for c in context]
+        image = self.x_embedder(torch.cat([squares, pad_sequence(references, batch_first=True)], dim=1).to(dtype))
+
+        def run(name: str, block: nn.Module, *states):  # tensors are arguments, so a recomputation sees the same ones
+            arguments = (*states, rope, mask, adapter.block(name) if adapter is not None else None)
+            if self.checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return block(*arguments)
+
+        for i, block in enumerate(self.transformer_blocks):
+            text, image = run(f"transformer_blocks.{i}", block, text, image, of_text, of_image)
+        y = torch.cat([text, image], dim=1)
+        for i, block in enumerate(self.single_transformer_blocks):
+            y = run(f"single_transformer_blocks.{i}", block, y, of_both)
+        y = y[:, length:length + squares.shape[1]]                                          # references are dropped
+        y = self.proj_out(modulated(y, shift, scale, self.eps))                             # (B, h w, 4 C)
+        y = rearrange(y, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // SQUARE, p=SQUARE, q=SQUARE)
+        return y.float()                                                                    # already eps - x0
+
+    def _layout(self, x: Tensor, context: list[Context]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Rotary tables and mask of [text, image, references], text and references padded to the longest of the batch.
+
+        The mask is (B, 1, 1, S) bool, True = attend; None when nothing is padded, so that flash kernels apply.
+        """
+        device = x.device
+        word = torch.arange(max(len(c.text) for c in context), device=device)
+        text, image = F.pad(word[:, None], (3, 0)), grid_ids(0, x, device)              # word i is (0, 0, 0, i)
+        references = [torch.cat([image[:0], *(grid_ids(GAP + GAP * j, r, device) for j, r in enumerate(c.references))])
+                      for c in context]
+        ids = torch.cat([text, image]).expand(len(x), -1, -1)
+        ids = torch.cat([ids, pad_sequence(references, batch_first=True)], dim=1)       # (B, S, 4)
+        rope = rope_table(ids, self.axes, self.theta)
+        lengths = [[len(c.text) for c in context], [len(image)] * len(x), [len(r) for r in references]]
+        if all(min(part) == max(part) for part in lengths):
+            return rope, None
+        keep = [torch.tensor(part, device=device)[:, None] > torch.arange(max(part), device=device) for part in lengths]
+        return rope, torch.cat(keep, dim=1)[:, None, None]
+
+    def _check(self, x: Tensor, context: list[Context]) -> None:
+        if len(context) != len(x):
+            raise InputError(f"contexts: {len(context)} for {len(x)} latents; give one context per latent")
+        for name, latents in [("latents", x[0])] + [("reference", r) for c in context for r in c.references]:
+            shape, C = tuple(latents.shape), self.in_channels
+            if len(shape) != 3 or shape[0] != C or any(side % SQUARE for side in shape[1:]) or not latents.numel():
+                raise InputError(f"{name}: shape {shape}, expected ({C}, even height, even width); crop images to "
+                                 "multiples of 16 pixels and use the VAE and the transformer of one checkpoint")
+        for shape, width in ((tuple(c.text.shape), self.context_embedder.in_features) for c in context):
+            if len(shape) != 2 or shape[1] != width or not shape[0]:
+                raise InputError(f"context: shape {shape}, expected (tokens, {width}); "
+                                 "use the text encoder and the transformer of one checkpoint")
+
+
+def _skeleton(folder: Path) -> Flux2Transformer:
+    """The network of a transformer folder on the meta device. Raises InputError."""
+    config = read_json(folder / "config.json", *KEYS)
+    try:
+        with torch.device("meta"):
+            return Flux2Transformer(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def check(folder: Path) -> None:
+    """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
+    folder = Path(folder) / "transformer"
+    load_strictly(_skeleton(folder), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+
+
+def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
+         compile: bool = False) -> Flux2Transformer:
+    """The frozen transformer of a checkpoint folder in `dtype` on `device`; options and errors as in model.py."""
+    folder = Path(folder) / "transformer"
+    model = _skeleton(folder)
+    load_strictly(model, tensors(folder), folder, device, dtype)
+    model.checkpointing = checkpointing
+    if compile:
+        compile_blocks(model)
+    return model.eval()
