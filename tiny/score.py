@@ -2,12 +2,15 @@
 
 For the base, the teacher's view and every adapter, at the model's own four steps and without any learned judge:
 - concept: new prompts with [V] (places, sizes and backdrops not in the data; for a style, other objects); how many of
-  the concept's attributes are right, and the distance to the nearest picture of the world;
+  the concept's attributes are right, how much of the rest of the prompt, and the distance to the nearest picture of the
+  world;
 - ordinary: prompts without [V] about objects that training never drew: accuracy of all that the prompt says, same
-  distance.
+  distance, and how decided the marks of the backdrop are.
 Writes panel.png (columns: base, the adapters, the teacher's view) and scores.json.
+`Judge`, `of_concept` and `of_ordinary` are also the measures of experiments/.
 """
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,17 +24,30 @@ from files import InputError, write_json
 from options import EMBEDDED, run
 from sample import panel, save_png, to_image
 from tiny.evaluate import draw
-from tiny.metrics import Reader, fidelity, told_accuracy, whole
+from tiny.metrics import OBJECT, STYLE, Reader, Reading, accuracy, fidelity, told_accuracy, whole
 from tiny.pretrain import load_features
 from tiny.stage import generator
 from tiny.train_vlm import SLOTS
-from tiny.world import COLUMN, caption, draw_scenes, random_tell
+from tiny.world import ATTRIBUTES, COLUMN, SIDE, caption, draw_scenes, random_tell
+
+# What a caption with [V] says besides: objects are drawn without a style, so their caption is silent about it.
+REST = {"object": tuple(name for name in ATTRIBUTES if name not in OBJECT + STYLE),
+        "style": tuple(name for name in ATTRIBUTES if name not in STYLE)}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked for. rows: the scenes (n, 9) that the captions are about."""
+    rows: Tensor
+    captions: list[str]
+    told: list[tuple[str, ...]]     # what each caption mentions; empty for captions with [V], which mention all
+    kind: str                       # of the concept that [V] stands for, "object" or "style"; "" without [V]
 
 
 def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:
     """("object" or "style", the attributes read from the first picture (9,), all pictures (n, 3, 64, 64))."""
     rows = data.read_folder(folder)
-    pictures = torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (64, 64))) for row in rows])
+    pictures = torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
     kind = "style" if "in [V] style" in rows[0].captions[0] else "object"
     return kind, reader(pictures).rows[0], pictures
 
@@ -42,6 +58,51 @@ def new_scenes(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Te
     columns = [COLUMN[name] for name in SLOTS[kind]]
     rows[:, columns] = concept[columns]
     return rows
+
+
+def concept_prompts(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Prompts:
+    """New prompts with [V]; concept (9,): a scene that has it."""
+    rows = new_scenes(kind, concept, count, g)
+    return Prompts(rows, [caption(row, concept=kind) for row in rows], [], kind)
+
+
+def ordinary_prompts(count: int, g: torch.Generator) -> Prompts:
+    """Prompts about objects that no stage ever drew, many of which leave something open."""
+    rows = draw_scenes(count, g, held_out="object")
+    told = [random_tell(g) for _ in rows]
+    return Prompts(rows, [caption(row, tell) for row, tell in zip(rows, told)], told, "")
+
+
+class Judge:
+    """A checkpoint of the embedded kind, and the reader of its pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.features, self.vae, self.reader = load_features(folder), autoencoder.load(folder, "cpu"), Reader()
+        self.net = transformer.load(folder, "cpu", torch.float32)
+
+    def noise(self, count: int, g: torch.Generator) -> Tensor:
+        """(count, C, 16, 16) at sigma = 1."""
+        return torch.randn(count, self.vae.channels, SIDE // 4, SIDE // 4, generator=g)
+
+    def draw(self, contexts: list[Tensor], noise: Tensor, adapter: lora.Adapter | None = None, steps: int = 4
+             ) -> Tensor:
+        """Pictures (n, 3, 64, 64)."""
+        return draw(self.net, self.vae, contexts, noise, steps, adapter)
+
+
+def of_concept(reading: Reading, prompts: Prompts) -> dict[str, float]:
+    """How far pictures of prompts with [V] show the concept, and what else the prompts say."""
+    return {"concept": fidelity(reading.rows, prompts.rows, prompts.kind),
+            "concept, whole": whole(reading.rows, prompts.rows, prompts.kind),
+            "concept, rest": accuracy(reading.rows, prompts.rows, REST[prompts.kind])["mean"],
+            "concept, distance": float(reading.distance.mean())}
+
+
+def of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, float]:
+    """How far pictures of ordinary prompts show what was said, and how clearly."""
+    return {"ordinary": told_accuracy(reading.rows, prompts.rows, prompts.told),
+            "ordinary, distance": float(reading.distance.mean()),
+            "ordinary, decided": float(reading.decided.mean())}
 
 
 def main() -> None:
@@ -55,44 +116,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
-    net = transformer.load(options.model, "cpu", torch.float32)
-    kind, concept, pictures = concept_of(options.data, reader)
+    judge = Judge(options.model)
+    kind, concept, pictures = concept_of(options.data, judge.reader)
     g = generator(options.seed + 50, 0)
-    new = new_scenes(kind, concept, options.concept_prompts, g)
-    prompts = [caption(row, concept=kind) for row in new]
-    shown = pictures[torch.arange(len(new)) % len(pictures)]
-    ordinary = draw_scenes(options.ordinary_prompts, g, held_out="object")
-    told = [random_tell(g) for _ in ordinary]
-    noise_new, noise_ordinary = (torch.randn(len(rows), vae.channels, 16, 16, generator=g) for rows in (new, ordinary))
-    said, usual = (features.contexts(prompts),
-                   features.contexts([caption(row, tell) for row, tell in zip(ordinary, told)]))
+    new = concept_prompts(kind, concept, options.concept_prompts, g)
+    ordinary = ordinary_prompts(options.ordinary_prompts, g)
+    noise_new, noise_ordinary = (judge.noise(len(prompts.rows), g) for prompts in (new, ordinary))
+    shown = pictures[torch.arange(len(new.rows)) % len(pictures)]
+    said, usual = judge.features.contexts(new.captions), judge.features.contexts(ordinary.captions)
 
     columns = {"base": (None, said)}
     for entry in options.lora:
         name, _, file = entry.rpartition("=")
         if not name:
             raise InputError(f"--lora {entry}: no name; write NAME=FILE")
-        columns[name] = (lora.load(Path(file), net), said)
-    columns["teacher's view"] = (None, features.contexts(prompts, shown))
+        columns[name] = (lora.load(Path(file), judge.net), said)
+    columns["teacher's view"] = (None, judge.features.contexts(new.captions, shown))
     scores, images = {}, {}
     for name, (adapter, context) in columns.items():
-        drawn = draw(net, vae, context, noise_new, 4, adapter)
-        reading = reader(drawn)
-        scores[name] = {"concept": fidelity(reading.rows, new, kind),
-                        "concept, whole": whole(reading.rows, new, kind),
-                        "concept, distance": float(reading.distance.mean())}
+        drawn = judge.draw(context, noise_new, adapter)
+        scores[name] = of_concept(judge.reader(drawn), new)
         images[name] = [to_image(p) for p in drawn[:4]]
         if name != "teacher's view":
-            drawn = draw(net, vae, usual, noise_ordinary, 4, adapter)
-            reading = reader(drawn)
-            scores[name] |= {"ordinary": told_accuracy(reading.rows, ordinary, told),
-                             "ordinary, distance": float(reading.distance.mean())}
+            drawn = judge.draw(usual, noise_ordinary, adapter)
+            scores[name] |= of_ordinary(judge.reader(drawn), ordinary)
             images[name] += [to_image(p) for p in drawn[:3]]
         else:
             images[name] += [None] * 3
         print(f"{name:16s}", "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
-    rows = prompts[:4] + [caption(row, tell) for row, tell in zip(ordinary[:3], told[:3])]
+    rows = new.captions[:4] + ordinary.captions[:3]
     save_png(panel(images, rows), options.out / "panel.png",
              {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
     write_json(options.out / "scores.json", scores)

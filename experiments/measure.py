@@ -1,0 +1,156 @@
+"""The measures of the experiments: all are read back exactly from pictures (tiny/metrics.py), no learned judge.
+
+    concept             share of the concept's attributes that are right in pictures of new prompts with [V]
+    concept, whole      share of these pictures in which all of them are
+    concept, rest       share of what else such a prompt says (place, size, backdrop, ...) that is right
+    concept, distance   to the nearest picture of the world, root mean square
+    diversity           how often the backdrops of two pictures of one prompt differ, cell by cell: 0.5 in the world
+    ordinary            share of what prompts without [V] say that is right (adherence; minus the base's: retention)
+    ordinary, distance  as above
+    ordinary, decided   how clearly the marks on the backdrop are there or not: 1 in the world (few-step sharpness)
+
+Prompts and noises are the same for all methods; those with [V] depend on the concept only. Diversity says little where
+the marks are not decided: then it is a coin of the reader, not of the picture.
+"""
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import lora
+from experiments.concepts import Concept
+from experiments.protocol import Settings
+from tiny.metrics import Reader, Reading, fidelity, told_accuracy, whole
+from tiny.score import Judge, Prompts, concept_prompts, of_concept, of_ordinary, ordinary_prompts
+from tiny.world import ATTRIBUTES, CELL, COLUMN, COLOURS, Renderer, draw_marks, draw_scenes
+
+METRICS = 1                 # version: raise it when a number would come out differently
+MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
+            "ordinary, distance", "ordinary, decided")
+SHOWN = (2, 1)              # of the panel: prompts with [V], ordinary prompts
+
+
+# ---------------------------------------------------------------------------------------------------- diversity
+def hidden_cells(rows: Tensor, render: Renderer) -> Tensor:
+    """Scenes (n, 9) -> (n, 8, 8) bool: cells that the object or its outline reaches into."""
+    shape, size, place = (rows[:, COLUMN[name]] for name in ("shape", "size", "place"))
+    lined = (rows[:, COLUMN["line"]] > 0).float()[:, None, None]
+    covered = render.body[shape, size, place] + render.line[shape, size, place] * lined
+    return F.max_pool2d(covered[:, None], CELL)[:, 0] > 0
+
+
+def diversity(reading: Reading, group: int, render: Renderer) -> float:
+    """Mean share of cells in which two pictures of the same prompt differ by a mark, over cells that neither hides.
+
+    reading: of pictures in groups of `group` with the same prompt. 0: always the same backdrop; 0.5: fair coins.
+    """
+    hidden, shares = hidden_cells(reading.rows, render), []
+    for start in range(0, len(reading.rows), group):
+        for a, b in combinations(range(start, start + group), 2):
+            seen = ~(hidden[a] | hidden[b])
+            shares.append(float((reading.marks[a] != reading.marks[b])[seen].float().mean()))
+    return sum(shares) / len(shares)
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+@dataclass(frozen=True)
+class Questions:
+    """The prompts with [V] of one concept, their contexts, and the noises."""
+    prompts: Prompts
+    said: list[Tensor]          # contexts of the prompts: the student's
+    seen: list[Tensor]          # and with a picture of the concept: the teacher's
+    noise: Tensor               # (n, C, 16, 16)
+    noise_again: Tensor         # (prompts, noises, C, 16, 16) for diversity
+
+
+class Examiner:
+    """Measures adapters by the prompts and noises of a protocol."""
+
+    def __init__(self, judge: Judge, settings: Settings) -> None:
+        self.judge, self.settings, self.questions = judge, settings, {}
+        g = data.generator(settings.draw_seed, "ordinary prompts")
+        self.ordinary = ordinary_prompts(settings.ordinary_prompts, g)
+        self.usual = judge.features.contexts(self.ordinary.captions)
+        self.noise = judge.noise(settings.ordinary_prompts, g)
+
+    def ask(self, concept: Concept) -> Questions:
+        """The questions about a concept, made once."""
+        if concept.name not in self.questions:
+            settings, judge = self.settings, self.judge
+            g = data.generator(settings.draw_seed, "concept prompts", concept.name)
+            prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
+            images = [data.open_image(row.image) for row in data.read_folder(concept.folder)]
+            pictures = torch.cat([data.to_tensor(image) for image in images])
+            shown = pictures[torch.arange(len(prompts.rows)) % len(pictures)]
+            noise = judge.noise(len(prompts.rows), g)
+            count = min(settings.diverse_prompts, len(prompts.rows))
+            again = judge.noise(count * settings.diverse_noises, g).unflatten(0, (count, settings.diverse_noises))
+            self.questions[concept.name] = Questions(prompts, judge.features.contexts(prompts.captions),
+                                                     judge.features.contexts(prompts.captions, shown), noise, again)
+        return self.questions[concept.name]
+
+    def examine(self, concept: Concept, adapter: lora.Adapter | None, steps: int, with_picture: bool = False
+                ) -> tuple[dict[str, float], list[Tensor | None], list[str]]:
+        """The measures at `steps` solver steps, the pictures (3, 64, 64) that a panel shows, and their prompts.
+
+        with_picture: the teacher's view, for which ordinary prompts have no picture to show and are not measured.
+        """
+        judge, asked = self.judge, self.ask(concept)
+        contexts = asked.seen if with_picture else asked.said
+        drawn = judge.draw(contexts, asked.noise, adapter, steps)
+        measures = of_concept(judge.reader(drawn), asked.prompts)
+        count, times = asked.noise_again.shape[:2]
+        again = judge.draw([context for context in contexts[:count] for _ in range(times)],
+                           asked.noise_again.flatten(0, 1), adapter, steps)
+        measures["diversity"] = diversity(judge.reader(again), times, judge.reader.render)
+        shown: list[Tensor | None] = list(drawn[:SHOWN[0]])
+        if with_picture:
+            shown += [None] * SHOWN[1]
+        else:
+            drawn = judge.draw(self.usual, self.noise, adapter, steps)
+            measures |= of_ordinary(judge.reader(drawn), self.ordinary)
+            shown += list(drawn[:SHOWN[1]])
+        return measures, shown, asked.prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]]
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+def damaged(render: Renderer, rows: Tensor, marks: Tensor, group: int) -> dict[str, Tensor]:
+    """Renderings of scenes (n, 9) with marks (n, 8, 8), and what can be wrong with pictures: name -> (n, 3, 64, 64).
+
+    group: so many neighbours show the same scene.
+    """
+    pictures = render(rows, marks)
+    recoloured = rows.clone()
+    for old in ("main", "second"):                                  # both are replaced; a plain object stays plain
+        recoloured[:, COLUMN[old]] = (rows[:, COLUMN[old]] + 1) % len(COLOURS)
+    return {"true renderings": pictures,
+            "the same marks every time": render(rows, marks[:1].expand_as(marks)),
+            "blurred over 5 pixels": F.avg_pool2d(F.pad(pictures, (2,) * 4, mode="replicate"), 5, 1),
+            "wrong colours": render(recoloured, marks),
+            "shifted by 4 pixels": pictures.roll(4, -1),
+            "half marks": render(rows, torch.full_like(marks, 0.5)),
+            "mixed with another scene": (pictures + pictures.roll(group, 0)) / 2}
+
+
+def validate(reader: Reader, seed: int, scenes: int, group: int) -> dict[str, dict[str, float]]:
+    """Every measure on true renderings of held-out objects, some of them in a style, and on damaged ones.
+
+    scenes: how many; group: how often each is drawn, with other marks on its backdrop.
+    """
+    g = data.generator(seed, "validation")
+    rows = draw_scenes(scenes, g, styled=0.5, held_out="object").repeat_interleave(group, 0)
+    pictures = damaged(reader.render, rows, draw_marks(len(rows), g), group)
+    tell = tuple(name for name in ATTRIBUTES if name not in ("shape", "second", "line", "texture")) + ("style",)
+    table = {}
+    for name, drawn in pictures.items():
+        reading = reader(drawn)
+        table[name] = {"concept (object)": fidelity(reading.rows, rows, "object"),
+                       "concept (style)": fidelity(reading.rows, rows, "style"),
+                       "concept, whole (object)": whole(reading.rows, rows, "object"),
+                       "ordinary": told_accuracy(reading.rows, rows, [tell] * len(rows)),
+                       "distance": float(reading.distance.mean()), "decided": float(reading.decided.mean()),
+                       "diversity": diversity(reading, group, reader.render)}
+    return table

@@ -1,0 +1,364 @@
+"""experiments/: the protocol against counts by hand, measures on renderings, and small tables end to end with the
+shipped model. Nobody judges its pictures here, and no time is asserted."""
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import loss as objectives
+import train
+from experiments import concepts, measure, results, table, work
+from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
+from experiments.report import NOT_RUN, Report
+from experiments.results import Results, choose_rates, line_of
+from files import InputError
+from options import EMBEDDED, ROOT, parse
+from tiny.metrics import Reader, Reading
+from tiny.score import Judge, Prompts, of_concept
+from tiny.world import COLUMN, HELD_OUT_STYLES, draw_marks, draw_scenes, held_out_object, to_pil
+
+TINY = Settings(objects=1, styles=0, tuning_objects=0, seeds=(0,), steps=1, fixed=(("dopsd", 1e-3), ("sft", 1e-3)),
+                curve_steps=(1,), curve_objects=1, curve_styles=0, teachers=False, lessons=False, concept_prompts=2,
+                ordinary_prompts=2, diverse_prompts=1, diverse_noises=2, validation_scenes=2, methods=("dopsd", "sft"))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def reader(judge) -> Reader:
+    return judge.reader
+
+
+@pytest.fixture
+def quick_start(judge, monkeypatch):
+    """Laboratories share the models of the test module instead of loading them again."""
+    monkeypatch.setattr(work, "Judge", lambda folder: judge)
+
+
+def lines_of(out: Path) -> list[dict]:
+    """The results without what depends on the machine."""
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------- end to end
+@pytest.fixture(scope="module")
+def small(judge, tmp_path_factory) -> Path:
+    """The folder of a finished small table."""
+    out = tmp_path_factory.mktemp("experiments") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "Judge", lambda folder: judge)
+        assert table.run(TINY, out) == 0
+    return out
+
+
+def test_a_small_table_end_to_end(small):
+    header, *lines = lines_of(small)
+    assert header["facts"]["protocol"]["steps"] == 1 and header["facts"]["metrics"] == measure.METRICS
+    assert {line["settings"] for line in lines} == {header["settings"]} == {results.fingerprint(header["facts"])}
+    found = {(line["method"], line["step"]): line for line in lines}
+    assert set(found) == {("validation", 0), ("base", 0), ("teacher's view", 0), ("dopsd", 1), ("sft", 1), ("sft", 8)}
+    assert found["dopsd", 1]["passes"] == found["sft", 8]["passes"] == 8
+    assert found["sft", 1]["groups"] == ["table 1", "curves"] and found["sft", 8]["groups"] == ["table 2"]
+    for key in (("base", 0), ("dopsd", 1), ("sft", 8)):
+        assert list(found[key]["measures"]) and set(found[key]["measures"]) == set(measure.MEASURES)
+    assert not any(name.startswith("ordinary") for name in found["teacher's view", 0]["measures"])
+    for name in ("tables.md", "curves.png", "panel.png"):
+        assert (small / name).stat().st_size > 1000
+    rows = [line for line in (small / "tables.md").read_text().splitlines() if line.startswith("| SFT |")]
+    assert len(rows) == 4 and NOT_RUN not in rows[0] + rows[1]           # two tables, learning rates, curves
+    assert "| PSO | not run |" in (small / "tables.md").read_text()
+
+
+def test_report_only_reads(small, tmp_path, capsys):
+    shutil.copy(small / "results.jsonl", tmp_path)
+    assert table.main(["--report", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "tables.md").read_bytes() == (small / "tables.md").read_bytes()
+    assert "panel.png" in capsys.readouterr().err and not (tmp_path / "panel.png").exists()
+    assert lines_of(tmp_path) == lines_of(small)
+    with pytest.raises(InputError, match="no results here"):
+        table.main(["--report", "--out", str(tmp_path / "nothing")])
+
+
+def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path, monkeypatch, capsys):
+    """Ctrl-C within the second piece of SFT's run, then half a line, as a crash would leave it."""
+    sft, count = objectives.sft, [0]
+
+    def press(*args):
+        count[0] += 1
+        if count[0] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sft(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "sft", press)
+        with pytest.raises(KeyboardInterrupt):
+            table.run(TINY, tmp_path)
+    before = lines_of(tmp_path)
+    assert 0 < len(before) < len(lines_of(small))
+    assert work.saved_step(next((tmp_path / "runs").glob("sft_*")) / train.STATE) == 4
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"settings": "' + before[0]["settings"] + '", "run": "df')
+    capsys.readouterr()
+    assert table.run(TINY, tmp_path) == 0
+    assert f"line {len(before) + 1}: not a whole line" in capsys.readouterr().err
+    assert lines_of(tmp_path) == lines_of(small)
+    assert table.run(TINY, tmp_path) == 0                                # nothing left to do
+    assert lines_of(tmp_path) == lines_of(small)
+
+
+def test_a_lost_measurement_is_trained_again(small, quick_start, tmp_path):
+    """The run has gone further than the step that is asked for: it starts anew, and comes to the same."""
+    out = Path(shutil.copytree(small, tmp_path / "copy"))
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(lines) if '"method": "sft"' in line and '"step": 1,' in line)
+    (out / "results.jsonl").write_text("".join(lines[:lost] + lines[lost + 1:]))
+    assert table.run(TINY, out) == 0
+    assert sorted(map(json.dumps, lines_of(out))) == sorted(map(json.dumps, lines_of(small)))
+
+
+def test_a_failing_run_does_not_stop_the_others(quick_start, tmp_path, monkeypatch, capsys):
+    sft, count = objectives.sft, [0]
+
+    def broken_once(*args):
+        count[0] += 1
+        if count[0] == 1:
+            raise RuntimeError("no luck\nat all")
+        return sft(*args)
+    monkeypatch.setattr(objectives, "sft", broken_once)
+    assert table.run(dataclasses.replace(TINY, methods=("sft",), seeds=(0, 1), curve_objects=0), tmp_path) == 1
+    errors = capsys.readouterr().err
+    (folder,) = (tmp_path / "runs").glob("sft_*seed0*")
+    assert f"RuntimeError: no luck (log: {folder / 'log.txt'})" in errors and "failed runs: 1, first sft_" in errors
+    assert "Traceback" in (folder / "log.txt").read_text()
+    assert [line["seed"] for line in lines_of(tmp_path) if line.get("method") == "sft"] == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------- refused
+def test_foreign_settings_are_refused_by_name(small, tmp_path):
+    shutil.copy(small / "results.jsonl", tmp_path)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "results.jsonl")) + ".*protocol.steps was 1 and is "
+                                                                                     "now 2"):
+        table.run(dataclasses.replace(TINY, steps=2), tmp_path)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert results.difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c was 2 and is now 3"
+    assert results.difference({"a": 1}, {"a": 1, "b": 2}) == "b was absent and is now 2"
+
+
+def test_a_whole_last_line_without_its_end_is_kept(small, tmp_path):
+    content = (small / "results.jsonl").read_bytes()
+    (tmp_path / "results.jsonl").write_bytes(content[:-1])
+    file = Results(tmp_path / "results.jsonl")
+    file.open()
+    assert (tmp_path / "results.jsonl").read_bytes() == content and len(file.measured) == len(lines_of(small)) - 1
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--method", "dreambooth"], "--method dreambooth: unknown; choose from sft, "),
+    (["--workers", "0"], "--workers 0"),
+    (["--concept", "ROOT/nothing"], "nothing: no such folder"),
+    (["--concept", "ROOT/three"], "three: 3 images; a concept has 4 of 64x64"),
+    (["--concept", "ROOT/large"], "large: 2.png has 96x64 pixels; a concept has 4 images of 64x64"),
+    (["--concept", "ROOT/unnamed"], "unnamed: the caption of 1.png does not say [V]"),
+    (["--concept", "ROOT/mixed"], "mixed: some captions say"),
+    (["--concept", "ROOT/others"], "others: its images show striped orange and blue star and "),
+    (["--concept", "ROOT/star", "--concept", "ROOT/star"], "a second concept of the name star; rename"),
+])
+def test_wrong_input_is_one_line(words, expected, tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(table, "Renderer", lambda: reader.render)
+    monkeypatch.setattr(table, "Reader", lambda render: reader)
+    star = ROOT / "examples" / "star"
+    for name in ("star", "three", "large", "unnamed", "mixed", "others"):
+        shutil.copytree(star, tmp_path / name)
+    (tmp_path / "three" / "4.png").unlink(), (tmp_path / "three" / "4.txt").unlink()
+    data.open_image(star / "2.png").resize((96, 64)).save(tmp_path / "large" / "2.png")
+    (tmp_path / "unnamed" / "1.txt").write_text("a big star")
+    (tmp_path / "mixed" / "1.txt").write_text("a big star in [V] style")
+    scene = draw_scenes(1, seeded(3))
+    to_pil(reader.render(scene, torch.zeros(1, 8, 8))[0]).save(tmp_path / "others" / "3.png")
+    with pytest.raises(InputError) as caught:
+        table.main([*(word.replace("ROOT", str(tmp_path)) for word in words), "--quick", "--out",
+                    str(tmp_path / "out")])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- concepts
+def test_concepts_are_held_out_and_shared_by_nothing(tmp_path, reader):
+    test, tuning = concepts.draw_concepts(6, 2, 2, 2605)
+    assert [kind for kind, _ in test] == ["object"] * 6 + ["style"] * 2
+    assert [kind for kind, _ in tuning] == ["object"] * 2 + ["style"]
+    names = [concepts.described(kind, row) for kind, row in test + tuning]
+    assert len(set(names)) == 11 and "striped orange and blue star" not in names and names[-1] == "chalk checked style"
+    assert held_out_object(torch.stack([row for kind, row in test + tuning if kind == "object"])).all()
+    assert {tuple(name.split()[:2]) for name in names[6:8]} == HELD_OUT_STYLES - {("chalk", "checked")}
+    again, _ = concepts.draw_concepts(6, 2, 2, 2605)
+    fewer, others = concepts.draw_concepts(1, 1, 2, 2605)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(test, again))
+    assert torch.equal(fewer[0][1], test[0][1]) and torch.equal(others[0][1], tuning[0][1])
+    with pytest.raises(InputError, match="world holds out 2"):
+        concepts.draw_concepts(6, 3, 2, 2605)
+    with pytest.raises(InputError, match="202 objects as concepts: the world holds out 107"):      # and the star
+        concepts.draw_concepts(200, 2, 2, 2605)
+
+
+@pytest.mark.parametrize("number, kind", [(0, "object"), (7, "style")])
+def test_data_folders(tmp_path, reader, number, kind):
+    test, _ = concepts.draw_concepts(6, 2, 2, 2605)
+    made = concepts.write(*test[number], tmp_path / "a", 2605, reader.render)
+    again = concepts.write(*test[number], tmp_path / "b", 2605, reader.render)
+    other = concepts.write(*test[number], tmp_path / "c", 7, reader.render)
+    assert made.key == again.key != other.key and made.name == made.folder.name
+    rows = data.read_folder(made.folder)
+    seen = reader(torch.cat([data.to_tensor(data.open_image(row.image)) for row in rows])).rows
+    assert len(seen) == 4 and all("[V]" in row.captions[0] for row in rows)
+    for name in ("place", "backdrop", *(["shape"] if kind == "style" else [])):
+        assert len(set(seen[:, COLUMN[name]].tolist())) == 4
+    assert len(set(seen[:, COLUMN["size"]].tolist())) == 2
+    assert all(concepts.described(kind, row) == made.words for row in seen)
+    if kind == "style":
+        assert not held_out_object(seen).any()                          # four ordinary objects
+    read = concepts.read(made.folder, reader)
+    assert (read.kind, read.words, read.key) == (kind, made.words, made.key)
+
+
+def test_folders_of_the_user_replace_the_test_concepts(tmp_path):
+    found = table.prepare(FULL, tmp_path, [ROOT / "examples" / name for name in ("star", "chalk")])
+    assert [(c.name, c.kind, c.tuning) for c in found[:2]] == [("star", "object", False), ("chalk", "style", False)]
+    assert found[0].words == "striped orange and blue star"
+    assert [c.kind for c in found if c.tuning] == ["object"] * 2        # chalk is tested, so nothing is tuned on it
+
+
+# ---------------------------------------------------------------------------------------------------- the protocol
+RECIPE = {"rollout_steps": 4, "inference_steps": 4, "accumulate": 1, "rank": 16, "alpha": 16, "ema": 0.999,
+          "loss": "x0"}
+ABOUT = {"a": {"kind": "object", "tuning": False, "words": "a"}, "b": {"kind": "object", "tuning": False, "words": "b"},
+         "c": {"kind": "object", "tuning": False, "words": "c"}, "s": {"kind": "style", "tuning": False, "words": "s"},
+         "t": {"kind": "object", "tuning": True, "words": "t"}, "u": {"kind": "style", "tuning": True, "words": "u"}}
+RATES = {"sft": 1e-4, "sft-teacher": 3e-4, "off-policy": 3e-4, "pso": 1e-4, "dopsd": 1e-3}
+
+
+def test_forward_passes_by_hand():
+    assert [passes_per_step(method, 4) for method in METHODS] == [1, 5, 8, 8, 8]
+    assert passes_per_step("dopsd", 8) == 16 and passes_per_step("dopsd", 4, 1) == 5
+    plan = Plan(FULL, ABOUT, RECIPE)
+    assert [plan.equal_steps(method) for method in METHODS] == [1200, 240, 150, 150, 150]
+    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
+    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
+
+
+def test_what_several_tables_ask_for_is_run_once():
+    plan = Plan(FULL, ABOUT, RECIPE)
+    parts = plan.second_part(RATES)
+    one, two = (plan.table("dopsd", RATES, equal) for equal in ("steps", "passes"))
+    assert one == two and len(one) == 4 * 3
+    assert {p.run for p in plan.table("sft", RATES, "passes")} == {p.run for p in plan.table("sft", RATES, "steps")}
+    assert plan.curve_concepts == ["a", "b", "s"]
+    curve = plan.curves(RATES)["teachers of D-OPSD"]["EMA 0.999"]
+    assert set(curve[150]) <= set(one) and plan.lessons(RATES)["rank"]["16"] == curve
+    jobs = plan.jobs(parts, set())
+    assert len({job.run for job in jobs}) == len(jobs)
+    trained = [job.run for job in jobs if job.run.is_trained]
+    assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3                        # tables, teachers, lessons: shared runs once
+    assert jobs[0].points[-1].step == 1200 or len(jobs[0].points) >= 5
+    done = {jobs[0].points[0]}
+    assert plan.jobs(parts, done)[0].points == jobs[0].points[1:]
+
+
+def test_train_understands_every_run():
+    for settings in (FULL, QUICK):
+        plan = Plan(settings, ABOUT, RECIPE)
+        points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values())
+        for run in {point.run for point in points if point.run.is_trained}:
+            cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
+            train.check_values(cfg)
+            assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
+
+
+def made_up(plan: Plan, file: Results, points, **measures) -> None:
+    """Lines for points, with numbers that nobody measured."""
+    for point in points:
+        if point not in file.measured:
+            spread = sum(map(ord, point.run.name)) % 17 / 100
+            values = {name: 0.5 + spread for name in measure.MEASURES} | measures
+            file.add(line_of(point, (), "", 1, 1.0, values))
+
+
+def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
+    facts = {"protocol": json.loads(json.dumps(dataclasses.asdict(FULL))), "recipe": RECIPE, "concepts": ABOUT}
+    del facts["protocol"]["methods"]
+    file = Results(tmp_path / "results.jsonl", facts)
+    file.open()
+    assert Report(file).text().count(NOT_RUN) > 200                      # nothing was measured yet
+    plan = Report(file).plan
+    file.add(line_of(Point(Run(VALIDATION)), (), "", 0, 0.0, {"true renderings": {"concept (object)": 1.0}}))
+    first = plan.first_part()
+    made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9)
+    good = {point for method, rate in RATES.items() for point in plan.tuning(method, rate)}
+    made_up(plan, file, good, concept=0.8, ordinary=0.95)               # what is gained in ordinary accuracy is nothing
+    made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.8)    # .85 - .10 < .8
+    assert choose_rates(plan, file) == RATES
+    for points in plan.second_part(RATES).values():
+        made_up(plan, file, points)
+    report = Report(Results(tmp_path / "results.jsonl"))
+    assert report.rates == RATES and NOT_RUN not in report.text()
+    curve = plan.curve("dopsd", RATES)
+    assert report.learned_at(curve) == "0"                               # the made-up base has the teacher's fidelity
+    for step, fidelity in ((0, 0.1), (10, 0.5), (25, 0.71), (50, 0.73)):
+        for point in curve[step]:
+            report.results.measured[point]["measures"]["concept"] = fidelity
+    assert report.learned_at(curve) == "50"                              # .8 of .9
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+def test_diversity_on_renderings(reader):
+    rows = draw_scenes(3, seeded(4), styled=0.5).repeat_interleave(6, 0)
+    marks = draw_marks(18, seeded(5))
+    same = reader(reader.render(rows, marks[::6].repeat_interleave(6, 0)))
+    fair = reader(reader.render(rows, marks))
+    assert measure.diversity(same, 6, reader.render) == 0
+    assert measure.diversity(fair, 6, reader.render) == pytest.approx(0.5, abs=0.06)
+    hidden = measure.hidden_cells(rows, reader.render)
+    assert hidden.any((1, 2)).all() and not hidden.all((1, 2)).any()
+    assert not hidden[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()          # no object reaches into a corner
+
+
+def test_the_measures_tell_true_renderings_from_damaged_ones(reader):
+    found = measure.validate(reader, seed=1, scenes=3, group=3)
+    true = found.pop("true renderings")
+    assert all(true[name] == 1 for name in true if name.startswith(("concept", "ordinary")))
+    assert true["distance"] < 0.005 and true["decided"] > 0.999 and 0.4 < true["diversity"] < 0.6
+    assert found["the same marks every time"]["diversity"] == 0
+    assert found["wrong colours"]["concept (object)"] == 0.5 and found["wrong colours"]["concept (style)"] == 1
+    assert found["half marks"]["decided"] < 0.2 and found["half marks"]["concept (object)"] == 1
+    for name in ("blurred over 5 pixels", "shifted by 4 pixels", "half marks", "mixed with another scene"):
+        assert found[name]["distance"] > 0.05 and found[name]["decided"] < 0.9
+    for name in ("shifted by 4 pixels", "mixed with another scene"):
+        assert found[name]["ordinary"] < 0.9 and found[name]["concept, whole (object)"] < 1
+
+
+def test_scores_of_a_concept_by_hand(reader):
+    """Two pictures: one with a wrong colour, one at a wrong place; the second is right as an object."""
+    asked = draw_scenes(2, seeded(6), styled=0.0)
+    got = asked.clone()
+    got[0, COLUMN["main"]] += 1
+    got[1, COLUMN["place"]] += 1
+    prompts = Prompts(asked, ["", ""], [], "object")
+    found = of_concept(Reading(got, torch.zeros(2, 8, 8), torch.tensor([.1, .3]), torch.ones(2)), prompts)
+    assert found == pytest.approx({"concept": 7 / 8, "concept, whole": .5, "concept, rest": 5 / 6,
+                                   "concept, distance": .2})

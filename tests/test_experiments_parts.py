@@ -1,0 +1,88 @@
+"""experiments/, the parts that need no model: statistics against enumeration, worker processes with made-up jobs."""
+import itertools
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import work
+from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
+from experiments.protocol import Job, Run
+from files import InputError
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+def test_sign_flips_against_enumeration():
+    d = [0.3, -0.1, 0.25, 0.4, 0.05]
+    observed = abs(sum(d) / 5)
+    means = [abs(sum(s * x for s, x in zip(signs, d)) / 5) for signs in itertools.product((-1, 1), repeat=5)]
+    assert sign_flip(d) == pytest.approx(sum(mean >= observed - 1e-12 for mean in means) / 32)
+    assert sign_flip([1.0] * 10) == 2 / 2 ** 10                          # only all plus and all minus are as large
+    assert sign_flip([0.0] * 5) == sign_flip([0.7]) == 1
+    d = torch.randn(14, generator=seeded(0)) + 0.4
+    assert sign_flip(d.tolist(), exact=0) == pytest.approx(sign_flip(d.tolist()), abs=0.01)
+    assert sign_flip([1.0] * 30) == pytest.approx(1 / 20_001)
+
+
+def test_intervals_and_pairs():
+    low, high = bootstrap(torch.randn(400, generator=seeded(1)).tolist())
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2 ** 0.5)) and mean_and_spread([4.0]) == (4.0, 0.0)
+
+    def lines(**values):
+        return [{"concept": name[0], "seed": int(name[1]), "measures": {"concept": v}} for name, v in values.items()]
+    found = paired(lines(a0=.5, a1=.7, b0=.9, c0=1.), lines(b0=.4, a1=.6, a0=.3, d0=0.), "concept")
+    assert found.count == 3 and found.mean == pytest.approx((.2 + .1 + .5) / 3)
+    assert found.p == 2 / 8 and found.p_concepts == 2 / 4
+    assert paired(lines(a0=.5), lines(b0=.5), "concept") is None
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+class Fake:
+    """A laboratory without models: what a job does depends on its name."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder = folder
+
+    def log(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.txt"
+
+    def do(self, job: Job):
+        yield {"name": job.run.name}
+        if job.run.name == "fails":
+            raise InputError("so it goes")
+        if job.run.name == "dies":
+            os._exit(3)
+        try:
+            while job.run.name == "sleeps":
+                (self.folder / "asleep").touch()
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            (self.folder / "saved").touch()
+            raise
+
+
+def test_processes_share_jobs_and_stop_together(tmp_path):
+    jobs = [Job(Run(name), (), ()) for name in ("dies", "fails", "works", "sleeps")]
+    messages = work.work(jobs, 2, Fake, tmp_path)
+    ends, lines = {}, []
+    while len(lines) < 4 or len(ends) < 3:
+        job, (kind, content) = next(messages)
+        if kind == "line":
+            lines.append(content["name"])
+        else:
+            ends[job.run.name] = kind, content
+    assert sorted(lines) == ["dies", "fails", "sleeps", "works"]
+    assert ends["works"] == ("done", None)
+    assert ends["fails"] == ("failed", f"so it goes (log: {tmp_path / 'fails.txt'})")
+    assert ends["dies"][0] == "failed" and "process ended" in ends["dies"][1]
+    while not (tmp_path / "asleep").exists():
+        time.sleep(0.05)
+    messages.close()                                                     # what Ctrl-C in the parent leads to
+    assert (tmp_path / "saved").exists()
