@@ -306,7 +306,8 @@ def test_unknown_methods_and_teachers_are_refused(capsys):
     for words in (["--method", "dpo"], ["--teacher", "student"]):
         with pytest.raises(SystemExit) as caught:
             train.main(["--data", "photos", *words])
-        assert caught.value.code == 2 and f"argument {words[0]}: invalid choice: '{words[1]}'" in capsys.readouterr().err
+        message = f"argument {words[0]}: invalid choice: '{words[1]}'"
+        assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_data_is_required(capsys):
@@ -318,7 +319,8 @@ def test_data_is_required(capsys):
 # ---------------------------------------------------------------------------------------------------- runs that exist
 CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "v", "--method": "sft", "--ema": 0.5,
            "--size": 40, "--batch-size": 3, "--accumulate": 2, "--rollout-steps": 3, "--teacher-rope": "text",
-           "--teacher": "base", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16", "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
+           "--teacher": "base", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16",
+           "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
 
 
 def test_existing_runs_are_neither_overwritten_nor_continued_differently(place):

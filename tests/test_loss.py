@@ -133,7 +133,7 @@ def test_denoising_error_is_of_each_image():
 
 @pytest.mark.parametrize("beta", [0.5, 20.0])
 def test_pso(beta):
-    """Against the definition with numbers; at equal models it is log 2; its gradient is a sigmoid times the margin's."""
+    """Against the definition; its gradient is a sigmoid times the margin's; at equal models it is log 2."""
     win, lose, eps, sigma = draw(14), draw(15), draw(16), torch.tensor([0.75, 1.0])
     weight = torch.tensor(0.2, requires_grad=True)
 

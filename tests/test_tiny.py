@@ -19,7 +19,7 @@ from tiny.metrics import Reader, told_accuracy
 from tiny.train_vlm import other_view
 from tiny.world import Renderer, caption, draw_scenes, random_tell, to_pil
 
-MODEL = Path(__file__).parents[1] / "tiny" / "model"
+MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("model", "base"))
 WEIGHTS = {"transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
            "text_encoder/model.safetensors", "vlm/model.safetensors"}
 PROMPTS = ["a big plain red star on the left on mint", "a circle", "a small [V] at the top in ink ruled style"]
@@ -73,7 +73,7 @@ def test_model_index_names_what_is_there():
     parts = {name for name in index if not name.startswith("_")}
     assert parts == {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
     assert all((MODEL / part).is_dir() for part in parts | {"vlm"})
-    assert json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
+    assert json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())["shift"] == 10.0
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTS))
@@ -96,6 +96,13 @@ def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(encoders):
         assert encoders.tokenizer(prompt).input_ids == built(prompt).input_ids
 
 
+def test_the_model_before_distillation_is_the_same_network():
+    theirs = json.loads((BASE / "transformer" / "config.json").read_text())
+    assert theirs == json.loads((MODEL / "transformer" / "config.json").read_text())
+    assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 6e6
+    assert transformer.load(BASE, "cpu", torch.float32)
+
+
 # -------------------------------------------------------------------------------------------- the contexts of training
 def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Largest relative error of a context."""
@@ -112,7 +119,7 @@ def test_training_and_inference_read_the_same_text(features, encoders):
 def test_training_and_inference_see_the_same_picture(features, encoders, render):
     """Training reads pictures from tensors, inference as 8-bit pictures: rounding them first leaves no difference."""
     rows = draw_scenes(8, seeded(1), styled=.5)
-    prompts, pictures = [caption(row, concept="object") for row in rows], render(rows)
+    prompts, pictures = [caption(row, concept="object") for row in rows], render.draw(rows, seeded(8))
     theirs = encoders.image_text_context(prompts, [to_pil(picture) for picture in pictures])
     assert worst(features.contexts(prompts, pictures), theirs) < 1e-2
     rounded = ((pictures + 1) * 127.5).round() / 127.5 - 1
@@ -131,7 +138,7 @@ def test_the_context_of_v_comes_from_its_picture(features, render):
         found = torch.stack([c[i:i + 4] for c, i in zip(features.contexts(prompts, pictures), at)])   # (64, 4, 128)
         return (found / found.square().mean(-1, keepdim=True).sqrt()).flatten(1)
 
-    seen, again = concept(render(rows)), concept(render(views))
+    seen, again = concept(render.draw(rows, seeded(9))), concept(render.draw(views, seeded(10)))
     nearest = torch.cdist(again, seen).argmin(1)
     same = rows[:, (0, 3, 4, 5)][nearest] == rows[:, (0, 3, 4, 5)]
     assert float(same.all(1).float().mean()) > .8
@@ -154,7 +161,7 @@ def test_diffusers_draws_the_same_pictures(net, vae, encoders):
 
 def test_the_autoencoder_keeps_every_attribute(vae, render, reader):
     rows = draw_scenes(48, seeded(5), styled=.5, held_out="object")
-    reading = reader(vae.decode(vae.encode(render(rows))))
+    reading = reader(vae.decode(vae.encode(render.draw(rows, seeded(7)))))
     assert float((reading.rows == rows).float().mean()) > .98 and reading.distance.mean() < .06
 
 
@@ -167,5 +174,5 @@ def test_the_shipped_model_draws_what_it_is_asked_for(net, vae, features, reader
     noise = torch.randn(24, vae.channels, 16, 16, generator=g)
     pictures = evaluate.draw(net, vae, context, noise, steps=4)
     assert pictures.shape == (24, 3, 64, 64)
-    right = told_accuracy(reader(pictures).rows, rows, told)
-    assert right >= .8
+    reading = reader(pictures)
+    assert told_accuracy(reading.rows, rows, told) >= .9 and reading.decided.mean() >= .7

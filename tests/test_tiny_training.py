@@ -2,6 +2,7 @@
 torch.optim and closed forms, guidance and distillation against their formulas."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,14 +292,14 @@ def test_guidance(guidance, calls):
 
 
 def test_noise_levels_follow_the_samplers_time():
-    """u uniform and sigma = 3 u / (1 + 2 u): P(sigma <= s) = s / (3 - 2 s), so three quarters are above a half."""
+    """u uniform and sigma = 6 u / (1 + 5 u): P(sigma <= s) = s / (6 - 5 s), so six sevenths are above a half."""
     n = 20000
-    sigma = pretrain.draw_sigma(seeded(6), pretrain.SHIFT, n).sort().values
+    sigma = pretrain.draw_sigma(seeded(6), pretrain.TRAIN_SHIFT, n).sort().values
     empirical = torch.arange(1, n + 1) / n
-    assert (sigma / (3 - 2 * sigma) - empirical).abs().max() < 1.63 / n ** .5             # Kolmogorov-Smirnov, 1 %
-    assert float((sigma > .5).float().mean()) == pytest.approx(.75, abs=.01)
+    assert (sigma / (6 - 5 * sigma) - empirical).abs().max() < 1.63 / n ** .5             # Kolmogorov-Smirnov, 1 %
+    assert float((sigma > .5).float().mean()) == pytest.approx(6 / 7, abs=.01)
     assert sigma.min() >= 0 and sigma.max() <= 1
-    assert float(sigma[n // 2]) == pytest.approx(.75, abs=.01)
+    assert float(sigma[n // 2]) == pytest.approx(6 / 7, abs=.01)
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -314,15 +315,17 @@ def test_a_segment_of_a_straight_line_is_crossed_exactly(k):
 
     at, after = ((1 - s) * x0 + s * eps for s in (sigmas[k], sigmas[k + 1]))
     torch.testing.assert_close(distill.cross(teacher, at, k), after, atol=1e-5, rtol=1e-5)
-    assert len(seen) == 2 and seen[0] == pytest.approx(float(sigmas[k])) and sigmas[k + 1] < seen[1] < sigmas[k]
+    assert len(seen) == (2, 2, 2, 6)[k] and seen[0] == pytest.approx(float(sigmas[k]))
+    assert all(sigmas[k + 1] < sigma < sigmas[k] for sigma in seen[1:])
 
 
-def test_the_teachers_substeps_are_the_sampler_at_eight_steps():
-    """Four segments of two steps visit the same noise levels as the plain grid of eight."""
+def test_the_teachers_substeps_are_those_of_the_sampler():
+    """Two steps a segment are the plain grid of eight, six steps in the last one those of twenty-four."""
     seen: list[float] = []
     for k in range(4):
         distill.cross(lambda x, sigma: seen.append(sigma) or x, torch.zeros(1, 1, 1, 1), k)
-    assert seen == pytest.approx(sigma_grid(pretrain.SCHEDULER, 8)[:-1].tolist())
+    assert seen[:6] == pytest.approx(sigma_grid(pretrain.SCHEDULER, 8)[:6].tolist())
+    assert seen[6:] == pytest.approx(sigma_grid(pretrain.SCHEDULER, 24)[18:-1].tolist())
 
 
 def test_muon_gets_attention_and_feed_forward_only():
@@ -343,10 +346,10 @@ class Recorder:
 def test_the_mixture_of_contexts():
     """Shares of the prompts of a text batch, and "[V]" with another view in an image batch."""
     recorder, rows = Recorder(), draw_scenes(2000, seeded(8), styled=1.0)
-    contexts = pretrain.Contexts(recorder, render=lambda views: views)
+    contexts = pretrain.Contexts(recorder, render=SimpleNamespace(draw=lambda views, g: views))
     assert len(contexts.text(rows, seeded(9))) == 2000 and recorder.pictures is None
     assert sum(not prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.08, abs=.02)
-    assert sum("[V]" in prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.05 + .02 * 11 / 12, abs=.02)
+    assert sum("[V]" in prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.05 + .02 * 15 / 16, abs=.02)
     _, told = contexts.image(rows, "object", seeded(10))
     assert sum("[V]" in prompt for prompt in recorder.prompts) / 2000 == pytest.approx(.85, abs=.03)
     assert torch.equal(recorder.pictures[:, (0, 3, 4, 5)], rows[:, (0, 3, 4, 5)])

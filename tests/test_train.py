@@ -155,7 +155,7 @@ def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
 # ------------------------------------------------------------------------------------------------- the other methods
 @pytest.fixture
 def filled(prepare):
-    """filled(flags, ...) -> parts with a student and a teacher that differ from the base, the first batch, its noise."""
+    """filled(flags, ...) -> parts with a student and a teacher that are not the base, the first batch, its noise."""
     def start(*flags) -> SimpleNamespace:
         parts = prepare(*flags)
         fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiny import world
 from tiny.metrics import OBJECT, Reader, accuracy, fidelity, told_accuracy
-from tiny.world import ATTRIBUTES, COLUMN, Renderer, caption, draw_scenes, scene, to_pil
+from tiny.world import ATTRIBUTES, COLUMN, Renderer, caption, draw_marks, draw_scenes, scene, to_pil
 
 FINE = 16                                                               # Pillow draws at 16 times the size
 RED, BLUE, GREEN, YELLOW, WHITE = (214, 40, 40), (40, 90, 210), (46, 150, 70), (250, 215, 60), (250, 250, 250)
@@ -31,6 +31,17 @@ def render(reader) -> Renderer:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def marks_at(*cells: tuple[int, int]) -> Tensor:
+    """(1, 8, 8): one picture's marks at the given (row, column)."""
+    marks = torch.zeros(1, 8, 8)
+    for row, column in cells:
+        marks[0, row, column] = 1
+    return marks
+
+
+NO_MARKS = marks_at()
 
 
 def as_levels(picture: Tensor) -> Tensor:
@@ -92,20 +103,29 @@ def cored_circle(c: Canvas) -> None:
 
 
 def inked_square_on_rules(c: Canvas) -> None:
-    for y in range(0, 64, 8):
-        c.box(0, y, 64, y + 2, tuple(round(.78 * level) for level in SKY))
+    for row, column in CELLS:
+        c.box(8 * column, 8 * row + 3, 8 * column + 8, 8 * row + 5, tuple(round(.74 * level) for level in SKY))
     half = .8 * 11                                                      # a round pen of width 4 along the border
     c.draw.rounded_rectangle([(32 + side * (half + 2)) * FINE for side in (-1, -1, 1, 1)], radius=2 * FINE, fill=INK)
     c.box(32 - half, 32 - half, 32 + half, 32 + half, BLUE)
 
 
 def checked_backdrop(c: Canvas) -> None:
-    for row in range(8):
-        for column in range(row % 2, 8, 2):
-            c.box(8 * column, 8 * row, 8 * column + 8, 8 * row + 8, tuple(round(.78 * level) for level in SAND))
+    for row, column in CELLS:
+        c.box(8 * column, 8 * row, 8 * column + 8, 8 * row + 8, tuple(round(.74 * level) for level in SAND))
     c.disc(32, 32, .92 * 11, RED)
 
 
+def spots(c: Canvas) -> None:
+    """A spot is a disc on the pixel grid: rows of 2, 4, 6, 6, 4 and 2 pixels."""
+    for row, column in CELLS:
+        for y, half in ((1, 1), (2, 2), (3, 3), (4, 3), (5, 2), (6, 1)):
+            c.box(8 * column + 4 - half, 8 * row + y, 8 * column + 4 + half, 8 * row + y + 1,
+                  tuple(round(.74 * level) for level in MINT))
+    c.disc(32, 32, .92 * 11, RED)
+
+
+CELLS = ((0, 0), (0, 1), (1, 7), (3, 1), (4, 4), (6, 2), (7, 0), (7, 7))             # (row, column) of the marked cells
 COMPOSED = {
     square: (MINT, dict(shape="square", size="big", main="red", backdrop="mint")),
     small_circle: (SAND, dict(shape="circle", size="small", place="on the left", main="blue", backdrop="sand")),
@@ -117,6 +137,7 @@ COMPOSED = {
                              backdrop="sky")),
     inked_square_on_rules: (SKY, dict(shape="square", size="small", main="blue", backdrop="sky", line="ink",
                                       texture="ruled")),
+    spots: (MINT, dict(shape="circle", size="small", main="red", backdrop="mint", texture="spotted")),
     checked_backdrop: (SAND, dict(shape="circle", size="small", main="red", backdrop="sand", texture="checked")),
 }
 
@@ -128,7 +149,8 @@ def test_a_rendering_is_the_picture_that_pillow_draws(render, compose):
     compose(canvas)
     if "second" not in named:
         named = named | {"second": named["main"]}
-    difference = (as_levels(render(scene(**named)[None])[0]) - canvas.small()).abs().amax(0)      # (64, 64)
+    marks = marks_at(*CELLS) if compose in (inked_square_on_rules, checked_backdrop, spots) else NO_MARKS
+    difference = (as_levels(render(scene(**named)[None], marks)[0]) - canvas.small()).abs().amax(0)      # (64, 64)
     assert difference.max() < 40                       # a border pixel: a polygon at 8x covers 1/8 pixel more or less
     assert difference.mean() < .8
     assert (difference > 2).float().mean() < .05       # everywhere but on borders the colours are exact
@@ -136,21 +158,24 @@ def test_a_rendering_is_the_picture_that_pillow_draws(render, compose):
 
 def test_regions_share_every_pixel_of_light(render):
     rows = draw_scenes(200, seeded(0), styled=.7)
-    weights = render.regions(rows)                                                                # (n, 4, 64, 64)
+    marks = draw_marks(200, seeded(20))
+    weights = render.regions(rows, marks)                                                         # (n, 4, 64, 64)
     backdrop, main, second, line = weights.unbind(1)
     covered = main + second + line
     assert weights.min() > -1e-6 and weights.max() < 1 + 1e-6
-    shade = torch.where(render.texture[rows[:, COLUMN["texture"]]] > 0, .78, 1.0)
+    shade = torch.ones(200, 64, 64)
+    for n, i, j in marks.nonzero().tolist():
+        shade[n, 8 * i:8 * i + 8, 8 * j:8 * j + 8] -= .26 * render.texture[rows[n, COLUMN["texture"]]]
     torch.testing.assert_close(backdrop, (1 - covered) * shade)
-    untextured = rows[:, COLUMN["texture"]] == 0
-    torch.testing.assert_close(weights[untextured].sum(1), torch.ones_like(covered[untextured]))
+    unmarked = render.regions(rows, torch.zeros(200, 8, 8))
+    torch.testing.assert_close(unmarked.sum(1), torch.ones_like(covered))
     assert not second[rows[:, COLUMN["pattern"]] == 0].any()
     assert not line[rows[:, COLUMN["line"]] == 0].any()
     assert (line.flatten(1).amax(1) > .9)[rows[:, COLUMN["line"]] > 0].all()
 
 
 def test_pictures_stay_inside_their_range_and_the_frame(render):
-    pictures = render(draw_scenes(200, seeded(1), styled=.7))
+    pictures = render.draw(draw_scenes(200, seeded(1), styled=.7), seeded(21))
     assert pictures.min() >= -1 and pictures.max() <= 1 + 1e-6
     frame = torch.ones(64, 64, dtype=torch.bool)
     frame[1:-1, 1:-1] = False
@@ -158,7 +183,7 @@ def test_pictures_stay_inside_their_range_and_the_frame(render):
 
 
 def test_eight_bit_pictures_and_sheets(render):
-    pictures = render(draw_scenes(5, seeded(2)))
+    pictures = render.draw(draw_scenes(5, seeded(2)), seeded(22))
     image = to_pil(pictures[0] * 1.5)                                                  # what is out of range is clipped
     assert image.mode == "RGB" and image.size == (64, 64)
     torch.testing.assert_close(levels(image), as_levels((pictures[0] * 1.5).clamp(-1, 1)), atol=.5, rtol=0)
@@ -189,7 +214,7 @@ STYLED = scene(shape="star", size="big", place="on the left", pattern="dotted", 
     (STYLED, ("main", "pattern"), "", "a dotted red and white star"),
     (STYLED, ("place", "size"), "", "a big star on the left"),
     (STYLED, ("backdrop", "main"), "object", "a [V] on mint"),
-    (scene(line="ink"), None, "", "a small plain red circle in the middle on sand in ink plain style"),
+    (scene(line="ink"), None, "", "a small plain red circle in the middle on sand in ink spotted style"),
 ])
 def test_captions(row, tell, concept, text):
     assert (caption(row, concept=concept) if tell is None else caption(row, tell, concept)) == text
@@ -206,8 +231,9 @@ def test_half_of_the_captions_leave_something_open():
     g = seeded(4)
     tells = [world.random_tell(g) for _ in range(2000)]
     share = {name: sum(name in tell for tell in tells) / 2000 for name in ("size", "place", "main", "pattern", "style")}
-    assert share == pytest.approx({"size": .7, "place": .7, "main": .4 + .6 * .85, "pattern": .4 + .6 * .6, "style": 1},
-                                  abs=.04)
+    assert share == pytest.approx({"size": .9, "place": .9, "main": .8 + .2 * .7, "pattern": .8, "style": 1}, abs=.03)
+    full = sum(len(tell) == 6 for tell in tells) / 2000
+    assert full == pytest.approx(.9 * .9 * .75 * .8, abs=.03)                        # size, place, backdrop, pattern
 
 
 @pytest.mark.parametrize("held_out, object_is_new, style_is_new",
@@ -217,7 +243,7 @@ def test_held_out_concepts_are_drawn_only_when_asked_for(held_out, object_is_new
     shape, pattern, main, second = (rows[:, COLUMN[name]] for name in OBJECT)
     assert (world.HELD_OUT_OBJECTS[shape, pattern, main, second] == object_is_new).all()
     styles = {(ATTRIBUTES["line"][line], ATTRIBUTES["texture"][texture]) for line, texture in rows[:, 7:].tolist()}
-    new = {("chalk", "checked"), ("ink", "spotted")}
+    new = {("chalk", "checked"), ("ink", "crossed"), ("teal", "ruled")}
     assert styles == new if style_is_new else not styles & new
     assert rows.shape == (3000, 9)
 
@@ -242,8 +268,20 @@ def test_plain_objects_have_one_colour_and_all_others_two():
     for column, choices in enumerate(ATTRIBUTES.values()):
         assert rows[:, column].unique().tolist() == list(range(len(choices)))
     styled = (rows[:, 7:] > 0).any(1).float().mean()
-    # three tenths of the scenes get one of twelve styles: one of them is "flat plain", scenes with two are thrown away
-    assert float(styled) == pytest.approx(.3 * 9 / 12 / (1 - .3 * 2 / 12), abs=.04)
+    # three tenths of the scenes get one of 16 styles: one of them is "flat spotted", scenes with three are thrown away
+    assert float(styled) == pytest.approx(.3 * 12 / 16 / (1 - .3 * 3 / 16), abs=.04)
+
+
+def test_marks_are_fair_coins_and_functions_of_the_generator():
+    marks = draw_marks(500, seeded(23))
+    assert marks.shape == (500, 8, 8) and set(marks.unique().tolist()) == {0, 1}
+    assert (marks.mean(0) - .5).abs().max() < 4 * .5 / 500 ** .5                     # each cell, four standard errors
+    assert torch.equal(marks, draw_marks(500, seeded(23))) and not torch.equal(marks, draw_marks(500, seeded(24)))
+
+
+def test_a_picture_with_random_marks_is_the_one_with_these_marks(render):
+    rows = draw_scenes(3, seeded(25))
+    assert torch.equal(render.draw(rows, seeded(26)), render(rows, draw_marks(3, seeded(26))))
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -254,22 +292,39 @@ def truth() -> Tensor:
                       draw_scenes(30, seeded(11), held_out="style")])
 
 
+@pytest.fixture(scope="module")
+def marks(truth) -> Tensor:
+    return draw_marks(len(truth), seeded(27))
+
+
 def whole(rows: Tensor, truth: Tensor) -> float:
     """Share of the pictures of which all nine attributes were read rightly."""
     return float((rows == truth).all(1).float().mean())
 
 
-def test_true_renderings_are_read_without_an_error(reader, render, truth):
-    reading = reader(render(truth))
+def test_true_renderings_are_read_without_an_error(reader, render, truth, marks):
+    reading = reader(render(truth, marks))
     assert torch.equal(reading.rows, truth)
-    assert reading.distance.max() < .005
-    stored = torch.stack([levels(to_pil(picture)) / 127.5 - 1 for picture in render(truth[::4])])
+    assert reading.distance.max() < .005 and reading.decided.min() > .999
+    again = render(reading.rows, reading.marks)                                # marks under the object do not matter
+    assert (again - render(truth, marks)).abs().mean() < 1e-3
+    stored = torch.stack([levels(to_pil(picture)) / 127.5 - 1 for picture in render(truth[::4], marks[::4])])
     assert torch.equal(reader(stored).rows, truth[::4])
 
 
+@pytest.mark.parametrize("part, decided, distance", [(0, 1, 0), (.1, .8, .02), (.25, .5, .05), (.5, 0, .085)])
+def test_parts_of_a_mark_are_undecided(reader, render, truth, part, decided, distance):
+    """The same part of a mark in all cells: |2 part - 1| is how decided they are."""
+    rows = draw_scenes(30, seeded(28))
+    rows[:, COLUMN["texture"]] = 0                            # spots: half a check is another backdrop, not half a mark
+    reading = reader(render(rows, torch.full((30, 8, 8), float(part))))
+    assert reading.decided.mean().item() == pytest.approx(decided, abs=.03)
+    assert reading.distance.mean().item() == pytest.approx(distance, abs=.02)
+
+
 @pytest.mark.parametrize("noise", [.1, .3])
-def test_noise_is_measured_and_read_through(reader, render, truth, noise):
-    pictures = render(truth[::2])
+def test_noise_is_measured_and_read_through(reader, render, truth, marks, noise):
+    pictures = render(truth[::2], marks[::2])
     reading = reader(pictures + noise * torch.randn(pictures.shape, generator=seeded(12)))
     assert torch.equal(reading.rows, truth[::2])
     assert reading.distance.mean().item() == pytest.approx(noise, rel=.02)
@@ -297,9 +352,9 @@ def fade(pictures: Tensor, share: float) -> Tensor:
     (mix, (0, .1, .25, .5), .15, .2),
     (fade, (0, .1, .2, .3), .05, 1.0),
 ], ids=lambda value: value.__name__ if isinstance(value, Callable) else None)
-def test_the_worse_the_damage_the_larger_the_distance(reader, render, truth, damage, strengths, at_least, right):
+def test_the_worse_the_damage_the_larger_the_distance(reader, render, truth, marks, damage, strengths, at_least, right):
     """strengths: from none to strong; the last has a distance above `at_least` and at most `right` wholly right."""
-    pictures, rows = render(truth[::3]), truth[::3]
+    pictures, rows = render(truth[::3], marks[::3]), truth[::3]
     readings = [reader(damage(pictures, strength)) for strength in strengths]
     distances = [float(reading.distance.mean()) for reading in readings]
     assert distances == sorted(distances) and distances[0] < .005 and distances[-1] > at_least
@@ -312,7 +367,7 @@ def test_the_worse_the_damage_the_larger_the_distance(reader, render, truth, dam
                          ids=lambda changed: next(iter(changed)))
 def test_a_wrong_attribute_is_named_and_no_other(reader, render, changed):
     asked = dict(shape="heart", size="big", main="red", second="red", backdrop="sand", line="ink", texture="ruled")
-    drawn = render(scene(**asked | changed)[None])
+    drawn = render.draw(scene(**asked | changed)[None], seeded(29))
     reading = reader(drawn)
     wrong = {name for name, index in COLUMN.items() if reading.rows[0, index] != scene(**asked)[index]}
     assert wrong == set(changed) and reading.distance < .005
@@ -320,13 +375,13 @@ def test_a_wrong_attribute_is_named_and_no_other(reader, render, changed):
 
 def test_a_shift_by_twelve_pixels_is_the_next_place(reader, render):
     centre = scene(shape="star", size="big", main="yellow", second="yellow", backdrop="navy")
-    reading = reader(shift(render(centre[None]), 12))
+    reading = reader(shift(render(centre[None], NO_MARKS), 12))
     expected = scene(shape="star", size="big", place="on the right", main="yellow", second="yellow", backdrop="navy")
     assert torch.equal(reading.rows[0], expected) and reading.distance < .005
 
 
 def test_a_colour_between_two_is_further_away_than_either(reader, render):
-    red, blue = (render(scene(size="big", main=c, second=c)[None]) for c in ("red", "blue"))
+    red, blue = (render(scene(size="big", main=c, second=c)[None], NO_MARKS) for c in ("red", "blue"))
     distance = reader(torch.cat([red, (red + blue) / 2, blue])).distance
     assert distance[1] > .1 > 20 * max(distance[0], distance[2])
 

@@ -1,6 +1,6 @@
 """Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill`
 
-The pre-trained model walks the sampler in 8 steps with classifier-free guidance 2 (16 forward passes). The student, a
+The pre-trained model walks the sampler in 12 steps with classifier-free guidance 2 (24 forward passes). The student, a
 copy of it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own
 grid, the *average* velocity with which the teacher crossed it, (x_k+1 - x_k) / (sigma_k+1 - sigma_k). In
 the second half of the training the states x_k are those of the student's own trajectory, and the teacher crosses the
@@ -22,19 +22,20 @@ import model as transformer
 import vae as autoencoder
 from files import write_json, write_tensors
 from rollout import euler, sample, shifted, sigma_grid
-from tiny.pretrain import CONFIG, SCHEDULER, SHIFT, Contexts, guided, is_matrix, load_features
+from tiny.pretrain import CONFIG, SCHEDULER, Contexts, guided, is_matrix, load_features
 from tiny.stage import Stage, generator, join
 from tiny.train_vlm import draw_concepts
 from tiny.world import Renderer, caption, draw_scenes, grid, random_tell
 
-STEPS, SUBSTEPS, GUIDANCE = 4, 2, 2.0
+STEPS, GUIDANCE = 4, 2.0
+SUBSTEPS = (2, 2, 2, 6)          # of the teacher in each segment; the marks on the backdrop are decided in the last one
 
 
 @torch.no_grad()
 def cross(teacher, x: Tensor, k: int) -> Tensor:
-    """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS guided Euler steps."""
-    u = torch.linspace(1 - k / STEPS, 1 - (k + 1) / STEPS, SUBSTEPS + 1)
-    sigmas = shifted(u, SHIFT)
+    """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS[k] guided Euler steps."""
+    u = torch.linspace(1 - k / STEPS, 1 - (k + 1) / STEPS, SUBSTEPS[k] + 1)
+    sigmas = shifted(u, SCHEDULER["shift"])
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         x = euler(x, teacher(x, float(sigma)), float(sigma), float(sigma_next))
     return x
@@ -43,13 +44,14 @@ def cross(teacher, x: Tensor, k: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/distill"), help="folder of the state and the log")
-    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"),
+    parser.add_argument("--base", type=Path, default=Path("tiny/base"),
                         help="folder with the transformer/ of stage 3; is kept")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"),
                         help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
     options = parser.parse_args()
 
     rank, processes = join()
@@ -58,7 +60,9 @@ def main() -> None:
     vae, contexts = autoencoder.load(options.model, "cpu"), Contexts(features, render)
     teacher = transformer.load(options.base, "cpu", torch.float32)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    stage = Stage(student, options.out, options.steps, adam=3e-4, muon=0.004, ema=0.97, warmup=20, is_matrix=is_matrix)
+    for network in (teacher, student) if options.compile else ():
+        transformer.compile_blocks(network)
+    stage = Stage(student, options.out, options.steps, adam=5e-4, muon=0.006, ema=0.97, warmup=20, is_matrix=is_matrix)
     sigmas = sigma_grid(SCHEDULER, STEPS)
     empty = features.contexts([""])
 

@@ -1,10 +1,10 @@
 """The embedded model's report card: `python -m tiny.evaluate`.
 
 Everything is read back exactly from pictures (metrics.py).
-1. 200 prompts about objects that training never drew: accuracy of every attribute that a prompt mentions, at four
+1. 500 prompts about objects that training never drew: accuracy of every attribute that a prompt mentions, at four
    steps.
 2. The teacher's view: 50 unseen objects from a picture of them elsewhere, drawn in a new place on a new backdrop.
-With --base, the undistilled model stands beside the shipped one, with and without guidance.
+Beside the shipped model stands the one before distillation, with and without guidance.
 """
 import argparse
 import json
@@ -24,23 +24,23 @@ from tiny.stage import generator
 from tiny.train_vlm import other_view
 from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
 
+BASE = Path(__file__).parent / "base"                # the transformer before distillation
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--base", type=Path, help="folder with the undistilled transformer/")
+    parser.add_argument("--base", type=Path, default=BASE, help="folder with the undistilled transformer/")
     parser.add_argument("--out", type=Path, default=Path("out/tiny/evaluate"))
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args()
 
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
     student = transformer.load(options.model, "cpu", torch.float32)
-    walkers = {"student, 4 steps": (student, 4, 1.0)}
-    if options.base:
-        base = transformer.load(options.base, "cpu", torch.float32)
-        walkers |= {"base, 4 steps": (base, 4, 1.0), "base, 4 steps, guidance 2": (base, 4, 2.0),
-                    "base, 16 steps, guidance 2": (base, 16, 2.0)}
+    base = transformer.load(options.base, "cpu", torch.float32)
+    walkers = {"shipped, 4 steps": (student, 4, 1.0), "base, 4 steps": (base, 4, 1.0),
+               "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
 
     g = generator(options.seed, 0)
     rows = draw_scenes(options.prompts, g, held_out="object")
@@ -52,37 +52,37 @@ def main() -> None:
     views[same_place, COLUMN["place"]] = (new[same_place, COLUMN["place"]] + 1) % 5
     views[same_place, COLUMN["backdrop"]] = (new[same_place, COLUMN["backdrop"]] + 1) % 6
     ordinary = features.contexts([caption(row, tell) for row, tell in zip(rows, told)])
-    seen = features.contexts([caption(row, concept="object") for row in new], reader.render(views))
+    shown, truth = reader.render.draw(views, g), reader.render.draw(new, g)
+    seen = features.contexts([caption(row, concept="object") for row in new], shown)
     (empty,) = features.contexts([""])
     noise, noise_new = (torch.randn(n, vae.channels, 16, 16, generator=g) for n in (len(rows), 50))
 
-    report = {"VAE alone": of_objects(reader(vae.decode(vae.encode(reader.render(new)))), new)}
-    sheets = [reader.render(views[:12]), reader.render(new[:12])]
+    report = {"VAE alone": of_objects(reader(vae.decode(vae.encode(truth))), new)}
+    sheets, drawn = [shown[:12], truth[:12]], []
     for name, (net, steps, guidance) in walkers.items():
         pictures = draw(net, vae, ordinary, noise, steps, None, guidance, empty)
         reading = reader(pictures)
-        grid(pictures[:48], 12).save(ensure(options.out) / f"ordinary_{name.replace(', ', '_').replace(' ', '-')}.png")
+        drawn.append(pictures[:12])
         taught = draw(net, vae, seen, noise_new, steps, None, guidance, empty)
         sheets.append(taught[:12])
         report[name] = {"ordinary: accuracy of what was said": told_accuracy(reading.rows, rows, told),
                         "ordinary: distance to the world": float(reading.distance.mean()),
+                        "ordinary: marks decided": float(reading.decided.mean()),
                         **{f"teacher: {k}": v for k, v in of_objects(reader(taught), new).items()}}
         print(name, json.dumps({k: round(v, 4) for k, v in report[name].items()}), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    grid(torch.cat(drawn), 12).save(options.out / "few_steps.png")           # one row for each walker, same noise
     grid(torch.cat(sheets), 12).save(options.out / "teacher.png")
     print("VAE alone", json.dumps(report["VAE alone"]))
     write_json(options.out / "report.json", report)
-
-
-def ensure(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def of_objects(reading, truth: Tensor) -> dict[str, float]:
     """Accuracy of each attribute of the object, how many objects are wholly right, the backdrop that the prompt asked
     for, and the distance to the world."""
     return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": whole(reading.rows, truth, "object"),
-            "backdrop": accuracy(reading.rows, truth, ("backdrop",))["mean"], "distance": float(reading.distance.mean())}
+            "backdrop": accuracy(reading.rows, truth, ("backdrop",))["mean"],
+            "distance": float(reading.distance.mean())}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tiny.stage import generator
 from tiny.world import Renderer, caption, held_out_object, held_out_style, scene, to_pil
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
@@ -32,7 +33,7 @@ def write(folder: Path, scenes: list[dict], concept: str) -> None:
     rows = torch.stack([scene(**words) for words in scenes])
     assert (held_out_object if concept == "object" else held_out_style)(rows).all()
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (row, picture) in enumerate(zip(rows, render(rows)), 1):
+    for number, (row, picture) in enumerate(zip(rows, render.draw(rows, generator(2605, 0))), 1):
         to_pil(picture).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption(row, concept=concept) + "\n")
 

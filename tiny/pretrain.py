@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 import vae as autoencoder
 from files import tensors, write_json, write_tensors
 from loss import draw_sigma, sft
-from model import ZImageTransformer
+from model import ZImageTransformer, compile_blocks
 from rollout import sample, sigma_grid
 from tiny.stage import Stage, generator, join
 from tiny.train_vlm import draw_concepts, other_view
@@ -30,8 +30,8 @@ CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36
           "n_kv_heads": 4, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": WIDTH, "rope_theta": 256.0,
           "t_scale": 1000.0, "axes_dims": [8, 12, 12], "axes_lens": [1024, 64, 64], "siglip_feat_dim": None}
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
-             "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}
-SHIFT = SCHEDULER["shift"]
+             "num_train_timesteps": 1000, "shift": 10.0, "use_dynamic_shifting": False}
+TRAIN_SHIFT = 6.0                           # of the noise levels in training: a little more of the low ones
 INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -58,7 +58,7 @@ class Pool:
         g = generator(seed, 77 + rank)
         self.rows = draw_concepts(count, g, "style") if kind == "style" else draw_scenes(count, g)
         chunks = tqdm(self.rows.split(64), desc=f"encode {kind} pictures", disable=rank > 0, mininterval=5)
-        self.latents = torch.cat([vae.encode(render(rows)) for rows in chunks])
+        self.latents = torch.cat([vae.encode(render.draw(rows, g)) for rows in chunks])
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(self.rows), (count,), generator=g)
@@ -90,7 +90,7 @@ class Contexts:
         for row, tell, known in zip(rows, tells, named.tolist()):
             prompts.append(caption(row, tell, concept="" if known else kind))
             told.append(prompts[-1] if known else caption(row, (*tell, *words)))
-        return self.features.contexts(prompts, self.render(views)), told
+        return self.features.contexts(prompts, self.render.draw(views, g)), told
 
 
 def is_matrix(name: str) -> bool:
@@ -117,17 +117,18 @@ def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Feat
     rows = draw_scenes(64, g, held_out="object")
     views = other_view(rows, "object", g)
     full, concept = [caption(row) for row in rows], [caption(row, concept="object") for row in rows]
-    latents = vae.encode(render(rows))
+    pictures, seen = render.draw(rows, g), render.draw(views, g)
+    latents = vae.encode(pictures)
     eps = torch.randn(latents.shape, generator=g)
     x = 0.15 * latents + 0.85 * eps
-    contexts = {"text": features.contexts(full), "image": features.contexts(concept, render(views)),
+    contexts = {"text": features.contexts(full), "image": features.contexts(concept, seen),
                 "no image": features.contexts(concept),
-                "wrong image": features.contexts(concept, render(views.roll(1, 0)))}
+                "wrong image": features.contexts(concept, seen.roll(1, 0))}
     errors = {name: float((model.velocity(x, 0.85, c) - (eps - latents)).square().mean())
               for name, c in contexts.items()}
     grid_of = sigma_grid(SCHEDULER, 16)
     noise, empty = eps[:12], features.contexts([""] * 12)
-    sheet = [render(rows[:12]), render(views[:12])]
+    sheet = [pictures[:12], seen[:12]]
     sheet += [vae.decode(sample(guided(model, contexts[name][:12], empty, 2.0), noise, grid_of))
               for name in ("text", "image")]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/pretrain"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...")
-    parser.add_argument("--base", type=Path, default=Path("out/tiny/base"), help="folder to write transformer/ into")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--base", type=Path, default=Path("tiny/base"),
+                        help="folder to write transformer/ into, in bfloat16")
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
     parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
     options = parser.parse_args()
 
     rank, processes = join()
@@ -154,6 +157,8 @@ def main() -> None:
     styled = Pool(vae, render, "style", options.pool // 8 // processes, options.seed, rank)
     contexts = Contexts(features, render)
     model = ZImageTransformer(CONFIG)
+    if options.compile:
+        compile_blocks(model)
     stage = Stage(model, options.out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=is_matrix)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -162,7 +167,7 @@ def main() -> None:
         rows, latents = (styled if kind == "style" else ordinary).draw(options.batch, g)
         concept = "style" if kind == "style" else "object"
         context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)[0]
-        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, SHIFT, len(rows))
+        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(rows))
         loss = sft(lambda x, sigma: model.velocity(x, sigma, context), latents, eps, sigma)
         return loss, {kind: loss.item()}
 
@@ -174,7 +179,8 @@ def main() -> None:
         numbers = check(model_average, vae, features, render, options.out / f"samples_{step:06d}.png")
         print(f"\nstep {step}, velocity error at sigma .85:", {k: round(v, 4) for k, v in numbers.items()})
         write_json(options.base / "transformer" / "config.json", CONFIG)
-        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors", model_average.state_dict(),
+        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors",
+                      {name: weight.bfloat16() for name, weight in model_average.state_dict().items()},
                       {"format": "pt"})
 
 

@@ -1,8 +1,8 @@
 """Stage 2b: words keep their meaning after a picture. `torchrun --nproc-per-node 2 -m tiny.settle_vlm` (minutes)
 
 After stage 2, [V] takes over the concept from a picture, but the ordinary words of the prompt ("on mint") do not
-survive beside it: nothing asked for that, and their features fill up with what the picture shows. Here a copy of the VLM
-learns to give, at hidden_states[-2]:
+survive beside it: nothing asked for that, and their features fill up with what the picture shows. Here a copy of the
+VLM learns to give, at hidden_states[-2]:
 - in text contexts, what the VLM of stage 2 gives;
 - in image + text contexts the same as that VLM too, except for the prompt's words outside [V], which shall look as they
   do in a text context. Then a transformer that can read them there can read them here.
@@ -48,10 +48,10 @@ def main() -> None:
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed + 40, step * stage.processes + stage.rank)
-        kind = "style" if step % 4 == 3 else "object"
+        kind = "style" if step % 3 == 2 else "object"
         rows = draw_concepts(options.batch, g, kind)
         prompts = [caption(row, random_tell(g), concept=kind) for row in rows]
-        pictures = render(other_view(rows, kind, g))
+        pictures = render.draw(other_view(rows, kind, g), g)
         with torch.no_grad():
             text, ids, lengths = before(prompts)
             target = unit(before(prompts, pictures)[0][-2])

@@ -46,11 +46,11 @@ def main() -> None:
     render, model = Renderer(), Autoencoder(CONFIG)
     stage = Stage(model, options.out, options.steps, adam=3e-3, muon=0.02,
                   is_matrix=lambda name: ".conv" in name and "conv_in" not in name and "conv_out" not in name)
-    held_out = render(draw_scenes(64, generator(1, 0), held_out="object"))
+    held_out = render.draw(draw_scenes(64, generator(1, 0), held_out="object"), generator(1, 1))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step)
-        picture = render(draw_scenes(16, g, styled=0.5))
+        picture = render.draw(draw_scenes(16, g, styled=0.5), g)
         if step < options.steps * (1 - options.whole):
             y, x = (int(torch.randint(9, (1,), generator=g)) * 4 for _ in range(2))
             picture = picture[:, :, y:y + 32, x:x + 32]
@@ -68,7 +68,7 @@ def main() -> None:
         grid(torch.cat([held_out[:12], decoded[:12]]), 12).save(options.out / "pictures.png")
 
     vae = stage.averaged()
-    latents = vae.encode(render(draw_scenes(2048, generator(2, 0))))
+    latents = vae.encode(render.draw(draw_scenes(2048, generator(2, 0)), generator(2, 1)))
     config = {**CONFIG, "scaling_factor": round(1 / float(latents.std()), 4),
               "shift_factor": round(float(latents.mean()), 4)}
     print("std of each channel:", [round(float(s), 2) for s in latents.std((0, 2, 3)) * config["scaling_factor"]])

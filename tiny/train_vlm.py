@@ -87,8 +87,9 @@ def train_vision(reader: Reader, render: Renderer, out: Path, steps: int, batch:
     cells = torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]] * batch)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = draw_scenes(batch, generator(seed + 1, step * stage.processes + stage.rank), styled=0.5)
-        tokens = reader.vlm.model.visual(patches(render(rows)), grid_thw=cells).pooler_output
+        g = generator(seed + 1, step * stage.processes + stage.rank)
+        rows = draw_scenes(batch, g, styled=0.5)
+        tokens = reader.vlm.model.visual(patches(render.draw(rows, g)), grid_thw=cells).pooler_output
         loss, shape = glance(reader, tokens.view(batch, -1, WIDTH), rows)
         return loss, {"shape seen": shape}
 
@@ -119,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write into")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--vision-steps", type=int, default=800,
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--vision-steps", type=int, default=1000,
                         help="of the vision tower alone, with 4 times the batch")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,14 +153,14 @@ def main() -> None:
         loss = sum(F.cross_entropy(l, t) for l, t in zip(logits, truth)) / len(truth)
         return loss, at, [float((l.argmax(-1) == t).float().mean()) for l, t in zip(logits, truth)]
 
-    def losses(kind: str, rows: Tensor, views: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def losses(kind: str, rows: Tensor, views: Tensor, pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
         names = SLOTS[kind]
         said = [[words(row)[name] for name in names] for row in rows]
         states, ids, lengths = features([caption(row) for row in rows])
         text, _ = language_loss(states[-1], ids, lengths, torch.full_like(lengths, 4))     # after "<|im_start|>user\n"
         read_words, words_at, _ = slots(states[-2], word_positions(ids, said, token_of), rows, kind)
         prompts = [caption(row, concept=kind) for row in rows]
-        states, ids, lengths = features(prompts, render(views), [caption(view) for view in views])
+        states, ids, lengths = features(prompts, pictures, [caption(view) for view in views])
         captioning, tokens_right = language_loss(states[-1], ids, lengths, features.batch(prompts, with_image=True)[1])
         start = (ids == first_concept).long().argmax(1)
         read_image, image_at, accuracy = slots(states[-2], start[:, None] + torch.arange(len(names)), rows, kind)
@@ -171,9 +172,10 @@ def main() -> None:
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * stage.processes + stage.rank)
-        kind = "style" if step % 4 == 3 else "object"
+        kind = "style" if step % 3 == 2 else "object"
         rows = draw_concepts(options.batch, g, kind)
-        return losses(kind, rows, other_view(rows, kind, g))
+        views = other_view(rows, kind, g)
+        return losses(kind, rows, views, render.draw(views, g))
 
     for step in stage.run(loss_of):
         live = {n: p.detach().clone() for n, p in stage.names.items()}
@@ -182,7 +184,8 @@ def main() -> None:
                 parameter.copy_(stage.average[name])
             for kind in SLOTS:
                 rows = draw_concepts(256, generator(7, 0), kind, held_out=kind)
-                _, numbers = losses(kind, rows, other_view(rows, kind, generator(7, 1)))
+                views = other_view(rows, kind, generator(7, 1))
+                _, numbers = losses(kind, rows, views, render.draw(views, generator(7, 2)))
                 print(f"\nstep {step}, held-out {kind}:", json.dumps({k: round(v, 3) for k, v in numbers.items()}))
             for name, parameter in stage.names.items():
                 parameter.copy_(live[name])
