@@ -62,7 +62,7 @@ def main() -> None:
     for name, (net, steps, guidance) in walkers.items():
         pictures = draw(net, vae, ordinary, noise, steps, None, guidance, empty)
         reading = reader(pictures)
-        drawn.append(pictures[:12])
+        drawn.append(pictures[:6])
         taught = draw(net, vae, seen, noise_new, steps, None, guidance, empty)
         sheets.append(taught[:12])
         report[name] = {"ordinary: accuracy of what was said": told_accuracy(reading.rows, rows, told),
@@ -71,7 +71,7 @@ def main() -> None:
                         **{f"teacher: {k}": v for k, v in of_objects(reader(taught), new).items()}}
         print(name, json.dumps({k: round(v, 4) for k, v in report[name].items()}), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    grid(torch.cat(drawn), 12).save(options.out / "few_steps.png")           # one row for each walker, same noise
+    grid(torch.cat(drawn), 6, scale=3).save(options.out / "few_steps.png")   # one row for each walker, same noise
     grid(torch.cat(sheets), 12).save(options.out / "teacher.png")
     print("VAE alone", json.dumps(report["VAE alone"]))
     write_json(options.out / "report.json", report)
