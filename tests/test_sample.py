@@ -131,7 +131,8 @@ def test_compare(ours, adapter_file, size, tmp_path):
         for tile, flags in zip(row, ((), ("--lora", adapter_file))):
             single = ours("--prompt", prompt, "--steps", 2, *flags, size=size).astype(np.uint8)
             enlarged = Image.fromarray(single).resize((160, len(tile)), Image.Resampling.NEAREST)
-            assert difference(np.asarray(enlarged).astype(int), tile) == 0
+            # one of 255 levels: prompts are encoded together for a panel and alone here, which rounds differently
+            assert difference(np.asarray(enlarged).astype(int), tile) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- teacher's view

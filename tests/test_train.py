@@ -384,7 +384,7 @@ def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
     for i, prompt in enumerate(prompts):
         target, base, student, teacher = last[i]
         assert difference(first[i][1], base) == 0 and difference(first[i][2], base) == 0       # B = 0 at the start
-        assert difference(cell("--prompt", prompt), base) == 0
+        assert difference(cell("--prompt", prompt), base) <= 1                 # encoded alone here, together there
         assert difference(cell("--prompt", prompt, "--lora", out / "student.safetensors"), student) <= 2
         shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
         assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
