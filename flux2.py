@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, load_strictly, read_json, tensors
+import model as checkpoints
+from files import InputError
 from lora import Adapter, AdapterBlock, linear
-from model import compile_blocks, rope_table, rotate
+from model import rope_table, rotate
 from rollout import UNSUPPORTED
 
 KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
@@ -322,29 +323,12 @@ class Flux2Transformer(nn.Module):
                                  "use the text encoder and the transformer of one checkpoint")
 
 
-def _skeleton(folder: Path) -> Flux2Transformer:
-    """The network of a transformer folder on the meta device. Raises InputError."""
-    config = read_json(folder / "config.json", *KEYS)
-    try:
-        with torch.device("meta"):
-            return Flux2Transformer(config)
-    except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
-
-
 def check(folder: Path) -> None:
     """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
-    folder = Path(folder) / "transformer"
-    load_strictly(_skeleton(folder), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+    checkpoints.check(folder, Flux2Transformer, KEYS)
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
          compile: bool = False) -> Flux2Transformer:
     """The frozen transformer of a checkpoint folder in `dtype` on `device`; options and errors as in model.py."""
-    folder = Path(folder) / "transformer"
-    model = _skeleton(folder)
-    load_strictly(model, tensors(folder), folder, device, dtype)
-    model.checkpointing = checkpointing
-    if compile:
-        compile_blocks(model)
-    return model.eval()
+    return checkpoints.load(folder, device, dtype, checkpointing, compile, Flux2Transformer, KEYS)

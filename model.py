@@ -329,31 +329,33 @@ class ZImageTransformer(nn.Module):
                                  f"choose a smaller {side}")
 
 
-def _skeleton(folder: Path) -> ZImageTransformer:
+def _skeleton(folder: Path, network: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
     """The network of a transformer folder on the meta device. Raises InputError."""
-    config = read_json(folder / "config.json", *KEYS)
+    config = read_json(folder / "config.json", *keys)
     try:
         with torch.device("meta"):
-            return ZImageTransformer(config)
+            return network(config)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> None:
     """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
     folder = Path(folder) / "transformer"
-    load_strictly(_skeleton(folder), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+    load_strictly(_skeleton(folder, network, keys), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-         compile: bool = False) -> ZImageTransformer:
+         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS
+         ) -> nn.Module:
     """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
-    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block.
+    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block. network: its
+    class (flux2.py has another one), keys: what its config must have.
     Raises InputError when config or weights are missing or do not belong together.
     """
     folder = Path(folder) / "transformer"
-    model = _skeleton(folder)
+    model = _skeleton(folder, network, keys)
     load_strictly(model, tensors(folder), folder, device, dtype)
     model.checkpointing = checkpointing
     if compile:
@@ -361,7 +363,7 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpoin
     return model.eval()
 
 
-def compile_blocks(model: ZImageTransformer) -> None:
+def compile_blocks(model: nn.Module) -> None:
     """torch.compile of the repeated block, in place: a minute of work at the first steps, faster ever after."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for block in model.blocks().values():

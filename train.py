@@ -58,7 +58,7 @@ class Options:
     model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for the teacher's context")
     out: str | None = option(None, "folder of the run; default out/<name of the data>")
-    method: str = option("dopsd", "dopsd, or what it is compared with: METHODS above", choices=tuple(METHODS))
+    method: str = option("dopsd", "dopsd, or a method that it is compared with", choices=tuple(METHODS))
     loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code", choices=tuple(objectives.LOSSES))
     steps: int | None = option(None, "optimizer steps")
     lr: float | None = option(None, "learning rate of AdamW, constant")
@@ -236,7 +236,7 @@ class Run:
 class Sides:
     """Student and teacher on one batch: their contexts on the device, and the velocities that the methods ask for."""
 
-    def __init__(self, run: "Run", model: Model, batch: data.Batch) -> None:
+    def __init__(self, run: Run, model: Model, batch: data.Batch) -> None:
         self.run, self.model, self.latents = run, model, batch.latents.to(run.device)
         self.student_context = [c.to(run.device) for c in batch.student_context]    # c_s = f_text(y), Eq. 4
         self.teacher_context = [c.to(run.device) for c in batch.teacher_context]    # c_t = f_mm(y, x0), Eq. 4

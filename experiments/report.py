@@ -39,9 +39,9 @@ class Report:
     # ---------------------------------------------------------------------------------------------- tables 1 and 2
     def rows(self, equal: str) -> dict[str, list[Point]]:
         """Label -> points of a row."""
-        return {"base": self.plan.reference(BASE, self.plan.test),
+        return {BASE: self.plan.reference(BASE, self.plan.test),
                 **{NAMES[method]: self.plan.table(method, self.rates, equal) for method in METHODS},
-                "teacher's view": self.plan.reference(TEACHER, self.plan.test)}
+                TEACHER: self.plan.reference(TEACHER, self.plan.test)}
 
     def comparison(self, equal: str) -> list[str]:
         """Table 1 or 2."""

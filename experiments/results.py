@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.protocol import Plan, Point, Run
+from experiments.protocol import BASE, Plan, Point, Run
 from files import InputError, append_json_line, write_bytes
 
 
@@ -124,7 +124,7 @@ def score_of_rate(plan: Plan, results: Results, method: str, rate: float) -> flo
     """
     points = plan.tuning(method, rate)
     tuned = results.measures(points)
-    base = results.measures(plan.reference("base", (point.run.concept for point in points)))
+    base = results.measures(plan.reference(BASE, (point.run.concept for point in points)))
     if not points or len(tuned) < len(points) or len(base) < len(points):
         return None
     return sum(m["concept"] - max(0.0, b["ordinary"] - m["ordinary"]) for m, b in zip(tuned, base)) / len(points)

@@ -15,7 +15,7 @@ import lora
 from conftest import fill_b
 from files import InputError
 from flux2 import Context
-from test_model import difference
+from test_model import assert_same_gradient, difference
 
 CONFIG = dict(patch_size=1, in_channels=16, out_channels=None, num_layers=2, num_single_layers=2, attention_head_dim=16,
               num_attention_heads=3, joint_attention_dim=20, timestep_guidance_channels=32, mlp_ratio=2.5,
@@ -105,12 +105,7 @@ def test_velocity_and_gradient_equal_diffusers(case, theirs, model):
     x, sigma, context = inputs(case)
     x.requires_grad_()
     v, v_theirs = model.velocity(x, sigma, context), their_velocity(theirs, x, sigma, context)
-    assert v.shape == x.shape and v.dtype == torch.float32 and v.abs().max() > 0.5
-    assert difference(v, v_theirs) < 1e-4
-    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
-    gradient, = torch.autograd.grad((v * weight).sum(), x)
-    gradient_theirs, = torch.autograd.grad((v_theirs * weight).sum(), x)
-    assert gradient.abs().max() > 0.1 and difference(gradient, gradient_theirs) < 1e-4
+    assert_same_gradient(x, v, v_theirs, at_least=0.1)
 
 
 @pytest.mark.parametrize("changes", [

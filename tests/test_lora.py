@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
+from conftest import fill_b
 from files import InputError
 from test_model import difference, inputs, ours, reference, their_velocity
 
@@ -29,12 +30,7 @@ def model(theirs):
 
 def random_adapter(model, seed=0, names=None, scale=0.1):
     """An adapter whose B is not zero."""
-    adapter = lora.create(model, RANK, ALPHA, seed, names)
-    generator = torch.Generator().manual_seed(seed + 100)
-    with torch.no_grad():
-        for _, B in adapter.weights.values():
-            B.copy_(scale * torch.randn(B.shape, generator=generator))
-    return adapter
+    return fill_b(lora.create(model, RANK, ALPHA, seed, names), seed + 100, scale)
 
 
 def velocity(model, adapter, sigma=0.6):

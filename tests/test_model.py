@@ -73,18 +73,23 @@ def difference(a, b) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------- parity
+def assert_same_gradient(x, v, v_theirs, at_least: float) -> None:
+    """Velocities and their gradients with respect to x agree to 1e-4; `at_least`: a gradient that is not nothing."""
+    assert v.shape == x.shape and v.dtype == torch.float32 and v.abs().max() > 0.5
+    assert difference(v, v_theirs) < 1e-4
+    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
+    gradient, = torch.autograd.grad((v * weight).sum(), x)
+    gradient_theirs, = torch.autograd.grad((v_theirs * weight).sum(), x)
+    assert gradient.abs().max() > at_least and difference(gradient, gradient_theirs) < 1e-4
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_gradient_equal_diffusers(case, theirs, model):
     height, width, lengths, sigma = CASES[case]
     x, context = inputs(height, width, lengths)
     x.requires_grad_()
     v, v_theirs = model.velocity(x, sigma, context), their_velocity(theirs, x, sigma, context)
-    assert v.shape == x.shape and v.dtype == torch.float32 and v.abs().max() > 0.5
-    assert difference(v, v_theirs) < 1e-4
-    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
-    gradient, = torch.autograd.grad((v * weight).sum(), x)
-    gradient_theirs, = torch.autograd.grad((v_theirs * weight).sum(), x)
-    assert gradient.abs().max() > 0.5 and difference(gradient, gradient_theirs) < 1e-4
+    assert_same_gradient(x, v, v_theirs, at_least=0.5)
 
 
 @pytest.mark.parametrize("changes, patch", [
