@@ -1,32 +1,28 @@
-"""Training data: a folder of images and captions -> buckets -> cached features -> batches.
+"""Training data: a folder of images and captions -> buckets -> batches.
 
-D-OPSD (arXiv 2605.05204), Section 3: a pair (x0 image, y prompt) gives latents of x0 and the two contexts of Eq. 4. All
-three are encoded once, kept on disk, and read back per batch; the encoders are gone before training starts.
+D-OPSD (arXiv 2605.05204), Section 3: a pair (x0 image, y prompt) gives latents of x0 and the two contexts of Eq. 4;
+features.py encodes them once, here they are read back per batch. A row for editing also has source images.
 Randomness is a function of (seed, step): order and captions of any step can be drawn without replaying earlier ones.
 
 Differs from the paper / official code:
-1. The official code re-encodes images and captions at every step with all encoders on the GPU; here they run once.
-2. It swaps unreadable images for others and repeats the same order in every epoch; here a bad file stops the start with
-   one line, and each epoch is a new permutation.
+1. The official code swaps unreadable images for others and repeats the same order in every epoch; here a bad file stops
+   the start with one line, and each epoch is a new permutation.
 """
-import gc
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
-from files import InputError, open_safetensors, write_tensors
+from files import InputError, open_safetensors, visible_files
+from model import Context
 
 Shape = tuple[int, int]  # (height, width) in pixels
 
@@ -34,7 +30,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "png, jpg, jpeg, webp, bmp"
 OFFICIAL_CAPTIONS = tuple(f"{kind}_{language}" for kind in ("short", "medium", "detailed", "user_prompt")
                           for language in ("en", "zh"))
-CACHE_FORMAT = 1  # part of every cache key: raise it when cropping or encoding changes
 
 # The paper's eleven shapes of about one megapixel, (height, width).
 PAPER_SHAPES = ((1024, 1024), (896, 1152), (1152, 896), (864, 1152), (1152, 864), (832, 1248), (1248, 832),
@@ -47,6 +42,7 @@ class Row:
     image: Path
     captions: tuple[str, ...]   # one of them is drawn per step
     size: tuple[int, int]       # (width, height) in pixels, upright
+    sources: tuple[Path, ...] = ()  # for editing: the pictures that the caption says how to change into the image
 
 
 def generator(seed: int, *where: int | str) -> torch.Generator:
@@ -61,6 +57,7 @@ def read_folder(data: Path | str) -> list[Row]:
 
     data: a folder with (a) images and same-stem .txt captions, or (b) a metadata.jsonl with file_name and text, or (c)
     a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched.
+    A line of a .jsonl may have `source`, one path or several: images that the caption says how to change.
     """
     data = Path(data).expanduser()
     if data.is_file() and data.suffix.lower() == ".jsonl":
@@ -73,14 +70,6 @@ def read_folder(data: Path | str) -> list[Row]:
         raise InputError(f"{data}: several .jsonl files ({', '.join(path.name for path in tables)}); "
                          "give --data the path of the one to use")
     return read_jsonl(tables[0]) if tables else read_sidecars(data, files)
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Files of a folder in order of name, without hidden ones. Raises InputError."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions") from None
 
 
 def read_sidecars(folder: Path, files: list[Path]) -> list[Row]:
@@ -119,14 +108,17 @@ def read_jsonl(path: Path) -> list[Row]:
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object {{...}}, found {type(entry).__name__}; correct this line")
         name, captions = (read_official if "local_path_list" in entry else read_imagefolder)(entry, where)
-        image = path.parent / name
-        if not image.is_file():
-            raise InputError(f"{where}: {image}: no such file; correct the path or add the image")
-        rows.append(Row(image, captions, open_image(image).size))
+        image, *sources = (path.parent / name for name in (name, *read_sources(entry, where)))
+        for file in (image, *sources):
+            if not file.is_file():
+                raise InputError(f"{where}: {file}: no such file; correct the path or add the image")
+        for source in sources:
+            open_image(source)                          # unreadable ones show here
+        rows.append(Row(image, captions, open_image(image).size, tuple(sources)))
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object per image and line")
     if path.name == "metadata.jsonl":
-        listed = {row.image.resolve() for row in rows}
+        listed = {file.resolve() for row in rows for file in (row.image, *row.sources)}
         for image in visible_files(path.parent):
             if image.suffix.lower() in IMAGE_SUFFIXES and image.resolve() not in listed:
                 raise InputError(f"{image}: an image without a caption; add a line for it to {path.name}, or remove it")
@@ -144,6 +136,15 @@ def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
     if not texts or not all(text.strip() for text in texts):
         raise InputError(f"{where}: 'text' holds an empty caption; write what the image shows")
     return entry["file_name"], tuple(text.strip() for text in texts)
+
+
+def read_sources(entry: dict, where: str) -> list[str]:
+    """The source images of a line for editing: its field `source`, one path or several; [] without it."""
+    sources = entry.get("source", [])
+    sources = [sources] if isinstance(sources, str) else sources
+    if not isinstance(sources, list) or not all(isinstance(name, str) and name for name in sources):
+        raise InputError(f"{where}: 'source' must be a path or a list of paths; correct this line")
+    return sources
 
 
 def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
@@ -222,23 +223,50 @@ def crop(image: Image.Image, shape: Shape) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
+def fit(image: Image.Image, multiple: int, area: int, path: Path | str) -> Image.Image:
+    """A reference image in its own shape: at most `area` pixels, then the centre cut to multiples of `multiple`.
+
+    Equal to what Flux2KleinPipeline does, where the area is 1024 * 1024. path: for the InputError on tiny images.
+    """
+    if image.width * image.height > area:
+        scale = math.sqrt(area / (image.width * image.height))
+        image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
+    width, height = image.width // multiple * multiple, image.height // multiple * multiple
+    if not width * height:
+        raise InputError(f"{path}: {image.width}x{image.height} pixels are too few for a reference image, which needs "
+                         f"{multiple} or more on each side; use a larger picture")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (1, 3, H, W) float32 in [-1, 1], what the VAE encodes."""
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------------- encoding
+# ------------------------------------------------------------------------------------------------------- batches
+def teacher_references(kind: str, sources: tuple[Tensor, ...], x0: Tensor | None) -> tuple[Tensor, ...]:
+    """Reference latents of the teacher's context: the sources, and with `--teacher-context reference` the target last."""
+    return (*sources, x0) if kind == "reference" and x0 is not None else sources
+
+
 @dataclass(frozen=True)
 class Example:
     """One row in its bucket, with its features in `file`."""
     row: Row
     shape: Shape            # (height, width) of the training crop
-    file: Path              # safetensors: latents (C, h, w); student.i and, if wanted, teacher.i (L_i, D) per caption i
-    want_teacher: bool
+    file: Path              # safetensors: latents (C, h, w), source.j; per caption i student.i, teacher.i (L_i, D)
+    teacher: str            # kind of the teacher's context; "": none
+
+    @property
+    def bucket(self) -> tuple[int, int, int]:
+        """Height, width, number of sources: equal for all examples of a batch."""
+        return *self.shape, len(self.row.sources)
 
     def names(self) -> list[str]:
-        sides = ("student", "teacher") if self.want_teacher else ("student",)
-        return ["latents"] + [f"{side}.{i}" for side in sides for i in range(len(self.row.captions))]
+        sides = ("student", "teacher") if self.teacher else ("student",)
+        return (["latents"] + [f"source.{j}" for j in range(len(self.row.sources))]
+                + [f"{side}.{i}" for side in sides for i in range(len(self.row.captions))])
 
     def is_cached(self) -> bool:
         """False for a file that is absent, broken or incomplete: it is then encoded again."""
@@ -252,109 +280,29 @@ class Example:
         """The training crop: what the VAE encodes and what the teacher is shown."""
         return crop(open_image(self.row.image), self.shape)
 
+    def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x0 (C, h, w), and the latents of the sources, each in its own shape."""
+        with open_safetensors(self.file) as stored:
+            return stored.get_tensor("latents"), tuple(stored.get_tensor(f"source.{j}")
+                                                       for j in range(len(self.row.sources)))
 
-def prepare(rows: list[Row], size: int, multiple: int, cache: Path, key: str, load_vae: Callable,
-            load_encoder: Callable, want_teacher: bool = True, device: torch.device | str = "cpu") -> list[Example]:
-    """Put every row into a bucket and make sure that its features are in the folder `cache`. Raises InputError.
-
-    key: names all else that the features depend on: `model_key` of VAE, text encoder and VLM, dtype, prompt and pixel
-    options. load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h, w). load_encoder() ->
-    object with text_context(prompts) and image_text_context(prompts, images) -> list of (L, D). Both are called only if
-    something is missing, one after the other; what they return is freed before the next and before this returns.
-    want_teacher: False leaves out the teacher's contexts (`--method sft`).
-    """
-    shapes = bucket_shapes(size, multiple)
-    placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
-    examples = [Example(row, shape, Path(cache) / f"{content_key(row, shape, key)}.safetensors", want_teacher)
-                for row, shape in placed]
-    warn_enlarged(examples)
-    missing = list({example.file: example for example in examples if not example.is_cached()}.values())
-    if missing:
-        latents = encode_latents(missing, load_vae, device)
-        free()
-        encode_contexts(missing, latents, load_encoder)
-        free()
-    return examples
+    def contexts(self, caption: int) -> tuple[Context, Context | None]:
+        """The student's and the teacher's context (Eq. 4) with one of the captions."""
+        x0, sources = self.latents()
+        with open_safetensors(self.file) as stored:
+            student = Context(stored.get_tensor(f"student.{caption}"), sources)
+            if not self.teacher:
+                return student, None
+            return student, Context(stored.get_tensor(f"teacher.{caption}"),
+                                    teacher_references(self.teacher, sources, x0))
 
 
-@torch.no_grad()
-def encode_latents(examples: list[Example], load_vae: Callable, device: torch.device | str) -> list[Tensor]:
-    """Latents (C, h, w) float32 on the CPU; the VAE lives only inside this function."""
-    vae = load_vae()
-    return [vae.encode(to_tensor(example.target()).to(device))[0].float().cpu()
-            for example in tqdm(examples, desc="encoding images", disable=None)]
-
-
-@torch.no_grad()
-def encode_contexts(examples: list[Example], latents: list[Tensor], load_encoder: Callable) -> None:
-    """Both contexts of Eq. 4 for every caption, written with the latents; the encoder lives only in this function."""
-    encoder = load_encoder()
-    for example, x0 in zip(examples, tqdm(latents, desc="encoding captions", disable=None)):
-        prompts = list(example.row.captions)
-        contexts = list(encoder.text_context(prompts))                  # c_s = f_text(y)
-        if example.want_teacher:
-            images = [example.target()] * len(prompts)
-            contexts += encoder.image_text_context(prompts, images)     # c_t = f_mm(y, x0)
-        # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
-        copies = [tensor.detach().cpu().clone() for tensor in (x0, *contexts)]
-        write_tensors(example.file, dict(zip(example.names(), copies, strict=True)))
-
-
-def free() -> None:
-    """Give the memory of dropped models back."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
-
-
-def warn_enlarged(examples: list[Example]) -> None:
-    """One line on stderr if any image has fewer pixels than its training shape."""
-    scales = [max(e.shape[0] / e.row.size[1], e.shape[1] / e.row.size[0]) for e in examples]
-    worst = max(scales)
-    if worst > 1:
-        print(f"warning: {sum(scale > 1 for scale in scales)} of {len(examples)} images are enlarged to their training "
-              f"shape, most of all {examples[scales.index(worst)].row.image} ({worst:.2f}x); "
-              "larger images or a smaller --size look sharper", file=sys.stderr)
-
-
-def content_key(row: Row, shape: Shape, key: str) -> str:
-    """Name of a row's cache file: a hash of the image's bytes, its captions, its shape and `key`."""
-    image = hashlib.sha256(row.image.read_bytes()).hexdigest()
-    content = json.dumps([CACHE_FORMAT, key, image, shape, row.captions])
-    return hashlib.sha256(content.encode()).hexdigest()[:40]
-
-
-def model_key(folder: Path, *subfolders: str) -> str:
-    """Identity of model folders by content, wherever they lie: configs, tokenizers, weights. Raises InputError."""
-    digest = hashlib.sha256()
-    for subfolder in subfolders or (".",):
-        path = Path(folder) / subfolder
-        if not path.is_dir():
-            raise InputError(f"{path}: no such folder; the checkpoint is incomplete, copy or download it again")
-        for file in visible_files(path):
-            if file.suffix in (".json", ".txt", ".jinja", ".safetensors"):
-                digest.update(f"{subfolder}/{file.name}:{file.stat().st_size}:".encode() + sampled_hash(file))
-    return digest.hexdigest()[:40]
-
-
-def sampled_hash(path: Path, samples: int = 256, length: int = 65536) -> bytes:
-    """Hash of a file, or of evenly spaced pieces of a large one, where reading 12 GB at each start would take long."""
-    digest, last = hashlib.sha256(), path.stat().st_size - length
-    if last < 4 * samples * length:
-        return hashlib.sha256(path.read_bytes()).digest()
-    with open(path, "rb") as file:
-        for i in range(samples):
-            file.seek(i * last // (samples - 1))
-            digest.update(file.read(length))
-    return digest.digest()
-
-
-# ------------------------------------------------------------------------------------------------------- batches
 @dataclass(frozen=True)
 class Batch:
     """B examples of one bucket, on the CPU."""
     latents: Tensor                 # (B, C, h, w) float32
-    student_context: list[Tensor]   # B of (L_i, D) in the encoder's dtype: c_s = f_text(y), Eq. 4
-    teacher_context: list[Tensor]   # B of (L_i, D): c_t = f_mm(y, x0), Eq. 4; empty if prepared without
+    student_context: list[Context]  # B of them: c_s = f_text(y), Eq. 4; for editing with the sources
+    teacher_context: list[Context]  # B of them: c_t = f_mm(y, x0), Eq. 4; empty if prepared without
     captions: list[str]             # the B prompts y
     indices: list[int]              # positions in the data set
 
@@ -366,7 +314,7 @@ class Dataset:
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: a batch holds at least one image; give 1 or more")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.buckets = Counter(example.shape for example in examples)  # (height, width) -> number of images
+        self.buckets = Counter(example.bucket for example in examples)  # -> number of images
         self.batches_per_epoch = sum(math.ceil(count / batch_size) for count in self.buckets.values())
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -375,9 +323,9 @@ class Dataset:
         A bucket that `batch_size` does not divide is cut as evenly as possible (5 by 4: 3 + 2); none is filled up.
         """
         rng = generator(self.seed, "order", epoch)
-        members: dict[Shape, list[int]] = {shape: [] for shape in self.buckets}
+        members: dict[tuple[int, int, int], list[int]] = {bucket: [] for bucket in self.buckets}
         for index in torch.randperm(len(self.examples), generator=rng).tolist():
-            members[self.examples[index].shape].append(index)
+            members[self.examples[index].bucket].append(index)
         batches = [part.tolist() for indices in members.values()
                    for part in np.array_split(indices, math.ceil(len(indices) / self.batch_size))]
         return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
@@ -392,9 +340,8 @@ class Dataset:
             rng = generator(self.seed, "caption", step, index)
             drawn = int(torch.randint(len(example.row.captions), (), generator=rng))
             captions.append(example.row.captions[drawn])
-            with open_safetensors(example.file) as stored:
-                latents.append(stored.get_tensor("latents"))
-                student.append(stored.get_tensor(f"student.{drawn}"))
-                if example.want_teacher:
-                    teacher.append(stored.get_tensor(f"teacher.{drawn}"))
+            latents.append(example.latents()[0])
+            c_s, c_t = example.contexts(drawn)
+            student.append(c_s)
+            teacher += [c_t] if c_t else []
         return Batch(torch.stack(latents), student, teacher, captions, indices)

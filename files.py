@@ -5,6 +5,7 @@ Hugging Face hub. Weights are safetensors only, nothing is ever unpickled. Whate
 `InputError` with one line that names the file, the value and the remedy; the two programs print it and exit with 2.
 """
 import errno
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -162,6 +163,44 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (InputError, OSError):
         return None
+
+
+def transformer_class(folder: Path) -> str:
+    """Which kind of transformer a checkpoint folder has; a config that does not say it is Z-Image's. Raises InputError."""
+    return read_json(Path(folder) / "transformer" / "config.json").get("_class_name", "ZImageTransformer2DModel")
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files of a folder in order of name, without hidden ones. Raises InputError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def model_key(folder: Path, *subfolders: str) -> str:
+    """Identity of model folders by content, wherever they lie: configs, tokenizers, weights. Raises InputError."""
+    digest = hashlib.sha256()
+    for subfolder in subfolders or (".",):
+        path = Path(folder) / subfolder
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; the checkpoint is incomplete, copy or download it again")
+        for file in visible_files(path):
+            if file.suffix in (".json", ".txt", ".jinja", ".safetensors"):
+                digest.update(f"{subfolder}/{file.name}:{file.stat().st_size}:".encode() + sampled_hash(file))
+    return digest.hexdigest()[:40]
+
+
+def sampled_hash(path: Path, samples: int = 256, length: int = 65536) -> bytes:
+    """Hash of a file, or of evenly spaced pieces of a large one, where reading 12 GB at each start would take long."""
+    digest, last = hashlib.sha256(), path.stat().st_size - length
+    if last < 4 * samples * length:
+        return hashlib.sha256(path.read_bytes()).digest()
+    with open(path, "rb") as file:
+        for i in range(samples):
+            file.seek(i * last // (samples - 1))
+            digest.update(file.read(length))
+    return digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------------- writing

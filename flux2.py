@@ -11,7 +11,7 @@ channels, so the VAE side packs, normalises and unpacks before latents come here
 Differs from the official code:
 1. LoRA reaches every block. The official list has FLUX.1's layer names, with which PEFT silently trains only the
    attention of the double-stream blocks, a small part of the intended parameters.
-2. Training walks the grid of inference, `sigma_grid`: 1, .967, .908, .767 for four steps at 1024x1024. The official
+2. Training walks the grid of inference, `time_shift`: 1, .967, .908, .767 for four steps at 1024x1024. The official
    training grid forgets the pipeline's u: 1, .952, .832, .0098.
 3. The adapter is an argument of `velocity`, handed down to each block, never the state of a module (see lora.py).
 4. Each sample has its own references, in number and size; the pipeline repeats one set for its whole batch.
@@ -19,7 +19,6 @@ Differs from the official code:
 6. Only what klein uses: no guidance embedding, no cache of references. Other configurations are refused.
 """
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,24 +31,19 @@ from torch.utils.checkpoint import checkpoint
 import model as checkpoints
 from files import InputError
 from lora import Adapter, AdapterBlock, linear
-from model import rope_table, rotate
-from rollout import UNSUPPORTED
+from model import Context, rope_table, rotate
+from rollout import UNSUPPORTED, time_grid
 
+CLASS = "Flux2Transformer2DModel"  # _class_name in transformer/config.json
+REFERENCES = True                  # takes reference images beside the text
 KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
         "joint_attention_dim", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps",
         "guidance_embeds")
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True,
-             "time_shift_type": "exponential"}  # what `sigma_grid` computes
+             "time_shift_type": "exponential"}  # what `time_shift` computes
 SQUARE = 2           # side of the squares of latents that are packed into tokens
 TIME_SCALE = 1000.0  # the network was trained on this times sigma
 GAP = 10             # on the first position axis, reference image j is at 10 + 10 j and the image itself at 0
-
-
-@dataclass(frozen=True)
-class Context:
-    """What one sample is conditioned on."""
-    text: Tensor                         # (L, joint_attention_dim); all L tokens are attended to
-    references: tuple[Tensor, ...] = ()  # latents (32, h, w) of reference images, normalised like x, of any sizes
 
 
 def check_config(config: dict) -> None:
@@ -79,22 +73,34 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return at_200 if tokens > 4300 else at_10 + (at_200 - at_10) * (steps - 10) / 190
 
 
-def sigma_grid(scheduler_config: dict, steps: int, height: int, width: int) -> Tensor:
-    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0.
+def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> float:
+    """The shift of the sampler's grid, which depends on the number of steps and on the sides of the latents.
 
-    scheduler_config: content of scheduler/scheduler_config.json; height, width: sides of the latents x (128 for 1024
-    pixels), on which the shift depends. Source: Flux2KleinPipeline of diffusers 0.42.1. Raises InputError.
+    scheduler_config: content of scheduler/scheduler_config.json; height, width: of latents x (128 for 1024 pixels).
+    Source: Flux2KleinPipeline of diffusers 0.42.1. Raises InputError.
     """
     found = SCHEDULER | {"use_dynamic_shifting": False} | scheduler_config  # diffusers' choice for missing keys
     for key in (*SCHEDULER, *UNSUPPORTED):
         if (found.get(key) or None) != SCHEDULER.get(key):
             raise InputError(f"scheduler_config.json: {key} = {found.get(key)} is not supported with FLUX.2-klein; "
                              "use the scheduler of its checkpoint")
-    if steps < 1:
-        raise InputError(f"steps = {steps}: a sampler needs at least one step; give 1 or more")
-    shift = math.exp(empirical_mu((height // SQUARE) * (width // SQUARE), steps))
-    u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
-    return torch.cat([shift / (shift + 1 / u - 1), torch.zeros(1)]).float()  # (steps + 1,)
+    return math.exp(empirical_mu((height // SQUARE) * (width // SQUARE), steps))
+
+
+def sigma_grid(scheduler_config: dict, steps: int, height: int, width: int) -> Tensor:
+    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0. Raises InputError."""
+    return time_grid(time_shift(scheduler_config, steps, height, width), steps)
+
+
+def patch_size(config: dict) -> int:
+    """Sides of the latents are multiples of this, whatever the config."""
+    return SQUARE
+
+
+def draw_noise(generator: torch.Generator, channels: int, height: int, width: int) -> Tensor:
+    """x at sigma = 1, (1, channels, height, width), the numbers that Flux2KleinPipeline draws: packed ones."""
+    packed = torch.randn(1, channels * SQUARE ** 2, height // SQUARE, width // SQUARE, generator=generator)
+    return rearrange(packed, "b (c p q) h w -> b c (h p) (w q)", p=SQUARE, q=SQUARE)
 
 
 # ---------------------------------------------------------------------------------------------------- pieces

@@ -24,7 +24,27 @@ from files import InputError, open_safetensors, read_json, write_tensors
 
 AdapterBlock = dict[str, tuple[Tensor, Tensor, float]] | None  # layer name inside a block -> A, B, alpha / rank
 
-PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_")
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
+# What the original weights, and so ComfyUI, kohya and ai-toolkit, call our groups of blocks and the layers inside them.
+# Several layers with one name are the rows of one fused Linear, from top to bottom.
+ORIGINAL = {
+    # Z-Image
+    "attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv", "attention.to_v": "attention.qkv",
+    "attention.to_out.0": "attention.out",
+    # FLUX.2
+    "transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks",
+    "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
+    "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
+    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+    "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2",
+}
+BACKBONES = {  # what tells whose layer a name means, in any spelling; FLUX.1 has some of FLUX.2's names
+    "Z-Image": re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)"),
+    "FLUX.2": re.compile(r"transformer_blocks[._]\d+[._](attn[._](to|add)_|ff(_context)?[._]linear_)"
+                         r"|(double|single)_blocks[._]\d"),
+}
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
                  r"(?:\.default)?\.weight|(?P<alpha>alpha))")
@@ -135,10 +155,11 @@ def save(adapter: Adapter, path: Path, metadata: dict[str, str] | None = None) -
 def load(path: Path, model: nn.Module) -> Adapter:
     """The frozen adapter in a file, for `model` (which has `adaptable_names()`), on the model's device.
 
-    Reads our own files and the spellings of PEFT, diffusers, ComfyUI and kohya; ranks may differ between layers and
-    layers may be missing. The file's alpha is folded into B, so the result has scale 1. A file in PEFT's spelling keeps
-    alpha in adapter_config.json beside it; without that file the scale is taken as 1, with a warning.
-    Raises InputError on unknown keys, incomplete pairs, wrong shapes, or a file without any LoRA.
+    Reads our own files and the spellings of PEFT, diffusers, ComfyUI, kohya, ai-toolkit, OneTrainer and LyCORIS; ranks
+    may differ between layers and layers may be missing. The file's alpha is folded into B, so the result has scale 1.
+    A file in PEFT's spelling keeps alpha in adapter_config.json beside it; without that file the scale is taken as 1,
+    with a warning.
+    Raises InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,6 +167,7 @@ def load(path: Path, model: nn.Module) -> Adapter:
     spellings = _spellings(model.adaptable_names())
     with open_safetensors(path) as file:
         keys = list(file.keys())
+        _check_backbone(path, keys, model)
         config = _alpha_config(path, file.metadata() or {}, any(key.startswith("base_model.") for key in keys))
         found: dict[str, dict[str, Tensor]] = {}
         for key in keys:
@@ -164,16 +186,24 @@ def load(path: Path, model: nn.Module) -> Adapter:
     return Adapter(weights, rank, alpha=rank)
 
 
+def _check_backbone(path: Path, keys: list[str], model: nn.Module) -> None:
+    """Raises InputError for a LoRA of the other backbone."""
+    def backbone(names: list[str]) -> str | None:
+        return next((name for name, layers in BACKBONES.items() if any(map(layers.search, names))), None)
+
+    own, other = backbone(model.adaptable_names()), backbone(keys)
+    if other not in (own, None):
+        raise InputError(f"{path}: this is a LoRA for {other}, the model is {own}; give a LoRA made for {own} "
+                         f"or a {other} model")
+
+
 def _spellings(names: list[str]) -> dict[str, list[str]]:
-    """Spelling of a layer, without prefix -> the layers meant: three for the fused q, k, v of the original weights."""
+    """Spelling of a layer, without prefix -> the layers meant: three, in the order of `names`, for fused q, k and v."""
     table: dict[str, list[str]] = {}
     for name in names:
-        own, fused = [name], []
-        if name.endswith("attention.to_out.0"):
-            own.append(name.replace("to_out.0", "out"))
-        if name.endswith(("attention.to_q", "attention.to_k", "attention.to_v")):
-            fused = [name[:-len("to_q")] + "qkv"]
-        for spelling in own + fused:
+        group, index, local = name.split(".", 2)
+        original = f"{ORIGINAL.get(group, group)}.{index}.{ORIGINAL.get(local, local)}"
+        for spelling in {name, original}:  # a set: some layers of Z-Image have one name only
             table.setdefault(spelling, []).append(name)
             table.setdefault(spelling.replace(".", "_"), []).append(name)  # kohya writes no dots
     return table

@@ -11,6 +11,7 @@ Differs from the official code:
 5. Only what Z-Image uses: one patch size, one frame, no SigLIP branch. Other configurations are refused.
 """
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from files import InputError, load_strictly, read_json, tensors
 from lora import Adapter, AdapterBlock, linear
+from rollout import scheduler_shift
 
+CLASS = "ZImageTransformer2DModel"  # _class_name in transformer/config.json
+REFERENCES = False                  # no reference images beside the text
 KEYS = ("all_patch_size", "all_f_patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads",
         "n_kv_heads", "norm_eps", "qk_norm", "cap_feat_dim", "rope_theta", "t_scale", "axes_dims", "axes_lens")
 LORA_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
@@ -31,6 +35,32 @@ SEQUENCE_MULTIPLE = 32  # caption and image are each padded to this with learned
 TIME_WIDTH = 256        # widest time embedding, and the number of its sinusoids
 QK_EPS = 1e-5           # of the query and key norms, whatever norm_eps says
 RECOMPILE_LIMIT = 64    # grad or not, adapter or not, mask or not, a few shapes: torch's limit of 8 is soon reached
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one sample is conditioned on, for every backbone (Eq. 4)."""
+    text: Tensor                         # (L, D) features of the prompt; all L tokens are attended to
+    references: tuple[Tensor, ...] = ()  # latents (C, h, w) of reference images, of any sizes (FLUX.2 only)
+
+    def to(self, device: torch.device) -> "Context":
+        return Context(self.text.to(device), tuple(latents.to(device) for latents in self.references))
+
+
+# What training and sampling must know of a backbone before its weights are loaded; flux2.py has the same three.
+def patch_size(config: dict) -> int:
+    """Sides of the latents are multiples of this; config: content of transformer/config.json."""
+    return config["all_patch_size"][0]
+
+
+def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> float:
+    """The shift of the sampler's grid (rollout.py); here steps and sides of the latents do not matter."""
+    return scheduler_shift(scheduler_config)
+
+
+def draw_noise(generator: torch.Generator, channels: int, height: int, width: int) -> Tensor:
+    """x at sigma = 1, (1, channels, height, width), the numbers that diffusers' pipeline draws from this generator."""
+    return torch.randn(1, channels, height, width, generator=generator)
 
 
 def check_config(config: dict) -> None:
@@ -217,14 +247,17 @@ class ZImageTransformer(nn.Module):
         return self.lora_names() + [f"{name}.{MODULATION}" for name, block in self.blocks().items() if block.modulated]
 
     # ------------------------------------------------------------------------------------------------ forward
-    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Tensor],
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Context | Tensor],
                  adapter: Adapter | None = None) -> Tensor:
         """v = eps - x0 at noise level sigma (the convention of this project; Eq. 5 and 6 up to its time direction).
 
         x: (B, C, H, W) float32, H and W multiples of the patch; sigma: float, () or (B,) in [0, 1];
-        context: B tensors (L_i, cap_feat_dim) of any float dtype; adapter: LoRA or None.
+        context: B `Context`s or their texts (L_i, cap_feat_dim), of any float dtype; adapter: LoRA or None.
         Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
         """
+        if any(isinstance(c, Context) and c.references for c in context):
+            raise InputError("context: Z-Image takes no reference images; use a FLUX.2 checkpoint for them")
+        context = [c.text if isinstance(c, Context) else c for c in context]
         self._check(x, context)
         dtype, (height, width) = self.x_pad_token.dtype, (side // self.patch_size for side in x.shape[2:])
         lengths = [-(-len(c) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in context]

@@ -4,19 +4,23 @@
 """
 import argparse
 import dataclasses
+import gc
 import importlib.metadata
+import math
 import signal
 import subprocess
 import sys
 import types
 import typing
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from files import InputError, checkpoint, read_json
+import flux2
+import model
+from files import InputError, checkpoint, read_json, tensors, transformer_class
 
 TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
 ROOT = Path(__file__).resolve().parent
@@ -41,6 +45,7 @@ class Recipe:
     checkpointing: bool
     save_every: int
     sample_every: int
+    teacher_context: str                    # how the teacher is shown the target: vlm or reference (features.py)
     vlm: str                                # of the teacher's context; a name without "/" is a folder of the checkpoint
     image_pixels: tuple[int, int] | None    # fewest and most pixels that the teacher's picture is resized to
     new_object: str                         # panel prompts: the concept in a new picture, when captions name it "[V]"
@@ -51,17 +56,23 @@ class Recipe:
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
-               save_every=100, sample_every=100, vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
-               new_object="a [V] on a sandy beach at sunset", new_style="a lighthouse on a cliff in [V] style",
+               save_every=100, sample_every=100, teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct",
+               image_pixels=(512 * 512, 768 * 768), new_object="a [V] on a sandy beach at sunset",
+               new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
+# FLUX.2-klein: the official values, too (3000 steps where the released script counts 3001). Its grid at 1024x1024 is 1,
+# .967, .908, .767, that of inference; the official one is not.
+KLEIN = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
+                teacher_context="reference")
 # Small models: fewer steps, so a faster EMA. Of the rates tried on examples/star (1e-4 to 1e-3) the larger ones learn
 # the concept sooner and change ordinary prompts more.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=300, lr=1e-4, rank=16, alpha=16,
                ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=75,
-               vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
+               teacher_context="vlm", vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
-TURBO_WIDTH = 3840
+SMALL_KLEIN = replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")
+REAL_WIDTH = 3072  # of the narrowest transformer of the real checkpoints
 
 
 def model_folder(name: str) -> Path:
@@ -76,10 +87,62 @@ def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
     return recipe.vlm if "/" in recipe.vlm else str(folder / recipe.vlm)
 
 
+def backbone_of(folder: Path) -> types.ModuleType:
+    """model.py or flux2.py, by the class of the checkpoint's transformer. Raises InputError.
+
+    Both have CLASS, REFERENCES, check, load, patch_size, time_shift and draw_noise; all else is one code.
+    """
+    name = transformer_class(folder)
+    for backbone in (model, flux2):
+        if backbone.CLASS == name:
+            return backbone
+    raise InputError(f"{Path(folder) / 'transformer' / 'config.json'}: _class_name {name} is not supported; use a "
+                     "checkpoint of Z-Image or FLUX.2-klein")
+
+
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a checkpoint folder, chosen by the width of its transformer. Raises InputError."""
-    config = read_json(Path(folder) / "transformer" / "config.json", "dim")
-    return TURBO if config["dim"] >= TURBO_WIDTH else SMALL
+    """The recipe of a checkpoint folder, by the class and the width of its transformer. Raises InputError."""
+    path = Path(folder) / "transformer" / "config.json"
+    if backbone_of(folder) is flux2:
+        config = read_json(path, "num_attention_heads", "attention_head_dim")
+        is_small = config["num_attention_heads"] * config["attention_head_dim"] < REAL_WIDTH
+        return SMALL_KLEIN if is_small else KLEIN
+    return SMALL if read_json(path, "dim")["dim"] < REAL_WIDTH else TURBO
+
+
+def check_references(backbone: types.ModuleType, teacher_context: str | None, has_sources: bool) -> None:
+    """Raises InputError when reference images are asked for and this backbone takes none."""
+    for asked, flag in ((teacher_context == "reference", "--teacher-context reference"), (has_sources, "source images")):
+        if asked and not backbone.REFERENCES:
+            raise InputError(f"{flag}: Z-Image takes no reference images; use a FLUX.2 checkpoint, or leave it out")
+
+
+def warn_undistilled(folder: Path) -> None:
+    """One line on stderr for FLUX.2-klein's base checkpoints, which are not made for few steps."""
+    if read_json(Path(folder) / "model_index.json").get("is_distilled") is False:
+        print(f"warning: {folder}: model_index.json says is_distilled false; D-OPSD needs a step-distilled model, this "
+              "one draws badly in few steps, and so do its rollouts", file=sys.stderr)
+
+
+def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> float:
+    """GB that the largest network of a checkpoint folder needs for its weights (they are never in memory together).
+
+    Raises InputError when the GPU has less free memory. From the headers of the weight files alone.
+    """
+    width = torch.finfo(dtype).bits // 8
+    need = max(sum(t.numel() for _, t in tensors(Path(folder) / part, only_shapes=True)) * width / 2 ** 30
+               for part in ("transformer", "text_encoder"))
+    free_gb = torch.cuda.mem_get_info(device)[0] / 2 ** 30 if device.type == "cuda" else math.inf
+    if need > free_gb:
+        raise InputError(f"{folder}: its weights need {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} has "
+                         f"{free_gb:.1f} GB free; use a smaller checkpoint, --dtype bfloat16 or a larger GPU")
+    return need
+
+
+def free() -> None:
+    """Give the memory of dropped models back."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def fill(cfg, recipe: Recipe):

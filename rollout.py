@@ -10,6 +10,7 @@ Differs from the paper / official code:
 2. The official code walks all K steps and then calls backward once, with K graphs alive. Here a generator hands out one
    point at a time, and the caller calls backward before asking for the next. States are detached: same gradient.
 3. The official grid for Z-Image, sigma = 1, .9, .75, .5, is a list in its options; here it is `sigma_grid(config, 4)`.
+   FLUX.2's shift depends on the size of the picture; `time_shift` of flux2.py says it, `time_grid` makes the grid.
 """
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -49,18 +50,21 @@ def scheduler_shift(scheduler_config: dict) -> float:
     return float(shift)
 
 
-def sigma_grid(scheduler_config: dict, steps: int) -> Tensor:
-    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0.
+def time_grid(shift: float, steps: int) -> Tensor:
+    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0; u goes from 1 to 1/steps.
 
-    scheduler_config: content of scheduler/scheduler_config.json. Source: ZImagePipeline of diffusers 0.42.1, whose u
-    goes from 1 to 1/steps and gets a final 0 (older releases let u itself reach 0, so their last step did nothing).
-    Raises InputError for steps < 1 and for schedulers with another grid.
+    Source: ZImagePipeline and Flux2KleinPipeline of diffusers 0.42.1 (in older releases u itself reached 0, so the last
+    step did nothing). Raises InputError for steps < 1.
     """
-    shift = scheduler_shift(scheduler_config)
     if steps < 1:
         raise InputError(f"steps = {steps}: a sampler needs at least one step; give 1 or more")
     u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float32)
-    return torch.cat([shifted(u, shift), torch.zeros(1)])  # (steps + 1,)
+    return torch.cat([torch.ones(1), shifted(u[1:], shift), torch.zeros(1)])  # (steps + 1,)
+
+
+def sigma_grid(scheduler_config: dict, steps: int) -> Tensor:
+    """`time_grid` of a scheduler_config.json with a plain shift, such as Z-Image's. Raises InputError for others."""
+    return time_grid(scheduler_shift(scheduler_config), steps)
 
 
 def euler(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:

@@ -3,14 +3,18 @@
 At inference D-OPSD leaves nothing behind but a LoRA: the sampler is the checkpoint's own (Eq. 3 with the student's
 velocity). `--compare` puts base and student side by side with the same noise. `--reference IMAGE` shows the teacher's
 view, c_t = f_mm(prompt, image) of Eq. 4: where the base model cannot draw the concept from there, training cannot work.
+`--source IMAGE` edits a picture (FLUX.2): the prompt then says what to change.
 
-The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline
-with generator=torch.Generator("cpu").manual_seed(seed), guidance 0 and the same number of steps.
+The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline or
+Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and the same number of steps.
 """
+import dataclasses
 import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Callable
 
 import torch
 from einops import rearrange
@@ -22,11 +26,14 @@ from tqdm import tqdm
 import data
 import encoder
 import lora
-import model as transformer
 import vae as autoencoder
 from files import InputError, check_writable, read_json, write_bytes
-from options import Recipe, check_seed, device_and_dtype, model_folder, option, parse, recipe_of, run, vlm_of
-from rollout import sample, sigma_grid
+from model import Context
+from options import (Recipe, backbone_of, check_memory, check_references, check_seed, device_and_dtype, free,
+                     model_folder, option, parse, recipe_of, run, vlm_of)
+from rollout import sample, time_grid
+
+Shift = Callable[[int, int, int], float]  # solver steps, height and width of latents -> time shift of the grid
 
 
 @dataclass
@@ -41,7 +48,10 @@ class Options:
     width: int | None = option(None, "pixels; default: the recipe's size")
     out: str = option("out/sample.png", "PNG file; several prompts without --compare get a number each")
     compare: bool = option(False, "one panel: a row per prompt; base, student, and teacher's view with --reference")
+    source: list[str] = option([], "picture to edit; may be given several times (FLUX.2)")
     reference: str | None = option(None, "picture of the concept: draw what the teacher sees in it")
+    teacher_context: str | None = option(None, "how --reference is shown: vlm, or as reference (FLUX.2)",
+                                         choices=("vlm", "reference"))
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for --reference; default: the recipe's")
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
                                choices=("vlm", "text"))
@@ -51,9 +61,9 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
-def starting_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+def starting_noise(backbone: ModuleType, seed: int, shape: tuple[int, int, int]) -> Tensor:
     """Noise at sigma = 1, (1, channels, height, width) in latent positions, from a CPU generator."""
-    return torch.randn(1, channels, height, width, generator=torch.Generator("cpu").manual_seed(seed))
+    return backbone.draw_noise(torch.Generator("cpu").manual_seed(seed), *shape)
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -62,7 +72,7 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
 
 
-def draw(model: transformer.ZImageTransformer, contexts: list[Tensor], noise: Tensor, sigmas: Tensor,
+def draw(model: torch.nn.Module, contexts: list[Context], noise: Tensor, sigmas: Tensor,
          adapter: lora.Adapter | None = None) -> Tensor:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
@@ -76,8 +86,8 @@ def draw(model: transformer.ZImageTransformer, contexts: list[Tensor], noise: Te
 def pixels_per_patch(folder: Path) -> int:
     """What a picture's sides must be divisible by: VAE factor times patch size; from configs alone."""
     widths = read_json(folder / "vae" / "config.json", "block_out_channels")["block_out_channels"]
-    patch = read_json(folder / "transformer" / "config.json", "all_patch_size")["all_patch_size"][0]
-    return 2 ** (len(widths) - 1) * patch
+    backbone, path = backbone_of(folder), folder / "transformer" / "config.json"
+    return 2 ** (len(widths) - 1) * backbone.patch_size(read_json(path, *backbone.KEYS))
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
@@ -126,34 +136,45 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, str | int]) -> Non
     write_bytes(path, buffer.getvalue())
 
 
+@dataclass(frozen=True)
+class PanelRow:
+    """One prompt of a training run's panels."""
+    prompt: str
+    target: Image.Image | None
+    student: Context                        # Eq. 4
+    teacher: Context
+    source: Image.Image | None = None       # for editing: the (first) picture that the prompt says how to change
+
+
 class Panels:
     """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
 
-    def __init__(self, folder: Path, model: transformer.ZImageTransformer, sigmas: Tensor, seed: int,
-                 prompts: list[str], targets: list[Image.Image | None], student: list[Tensor],
-                 teacher: list[Tensor]) -> None:
-        """One row per prompt: its target picture, if it has one, and its two contexts (Eq. 4)."""
-        self.folder, self.model, self.sigmas, self.seed = folder, model, sigmas, seed
-        self.prompts, self.targets, self.student, self.teacher = prompts, targets, student, teacher
-        first = next(image for image in targets if image is not None)
-        self.noise = starting_noise(seed, *latent_shape(folder, first.height, first.width))
+    def __init__(self, folder: Path, model: torch.nn.Module, shift_of: Shift, steps: int, seed: int,
+                 rows: list[PanelRow]) -> None:
+        self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
+        first = next(row.target for row in rows if row.target is not None)
+        shape = latent_shape(folder, first.height, first.width)
+        self.noise = starting_noise(backbone_of(folder), seed, shape)
+        self.sigmas = time_grid(shift_of(steps, *shape[1:]), steps)
         self.base: list[Image.Image] = []
 
     def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None) -> None:
         """Write the panel of two adapters; without a teacher there is no such column."""
         vae = autoencoder.load(self.folder, next(self.model.parameters()).device)  # small, not needed between panels
 
-        def pictures(contexts: list[Tensor], adapter: lora.Adapter | None) -> list[Image.Image]:
+        def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
             latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
             return [to_image(vae.decode(z[None])[0]) for z in latents]
 
-        steps = len(self.sigmas) - 1
-        self.base = self.base or pictures(self.student, None)
-        columns = {"target": self.targets, "base": self.base, "student": pictures(self.student, student)}
+        steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
+        self.base = self.base or pictures([row.student for row in self.rows], None)
+        columns = {"source": [row.source for row in self.rows]} if any(row.source for row in self.rows) else {}
+        columns |= {"target": [row.target for row in self.rows], "base": self.base,
+                    "student": pictures([row.student for row in self.rows], student)}
         if teacher is not None:
-            columns["teacher (sees the target)"] = pictures(self.teacher, teacher)
-        save_png(panel(columns, self.prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
-                 {"prompt": "\n".join(self.prompts), "seed": self.seed, "steps": steps, "lora": note})
+            columns["teacher (sees the target)"] = pictures([row.teacher for row in self.rows], teacher)
+        save_png(panel(columns, prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
+                 {"prompt": "\n".join(prompts), "seed": self.seed, "steps": steps, "lora": note})
 
 
 # ------------------------------------------------------------------------------------------------------- program
@@ -185,15 +206,30 @@ def check(cfg: Options) -> None:
     check_writable(Path(cfg.out).parent, f"--out {cfg.out}")
 
 
-def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], shape: tuple[int, int],
-                device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Student and teacher contexts (Eq. 4) on the CPU; the teacher's are empty without --reference."""
-    picture = data.crop(data.open_image(cfg.reference), shape) if cfg.reference else None
-    vlm = vlm_of(folder, recipe, cfg.vlm) if cfg.reference else None
+def encode_pictures(folder: Path, pictures: list[Image.Image], device: torch.device) -> list[Tensor]:
+    """Latents (C, h, w) on the CPU, one per picture; without pictures no VAE is loaded."""
+    vae = autoencoder.load(folder, device) if pictures else None
+    return [vae.encode(data.to_tensor(picture).to(device))[0].cpu() for picture in pictures]
+
+
+def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], sources: list[Image.Image],
+                shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+                ) -> tuple[list[Context], list[Context]]:
+    """Student and teacher contexts (Eq. 4) on the CPU; the teacher's are empty without --reference.
+
+    sources: fitted pictures to edit; shape: (height, width) of the picture to draw.
+    """
+    kind = cfg.teacher_context if cfg.reference else ""
+    seen = [data.crop(data.open_image(cfg.reference), shape)] if cfg.reference else []
+    latents = encode_pictures(folder, sources + (seen if kind == "reference" else []), device)
+    free()
+    vlm = vlm_of(folder, recipe, cfg.vlm) if kind == "vlm" else None
     reader = encoder.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
-    student = [c.cpu() for c in reader.text_context(prompts)]
-    teacher = [c.cpu() for c in reader.image_text_context(prompts, [picture] * len(prompts))] if cfg.reference else []
-    return student, teacher
+    student = [Context(text.cpu(), tuple(latents[:len(sources)])) for text in reader.text_context(prompts)]
+    if not kind:
+        return student, []
+    texts = reader.teacher_texts(kind, prompts, seen * len(prompts), [len(sources)] * len(prompts))
+    return student, [Context(text.cpu(), tuple(latents)) for text in texts]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,17 +238,24 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     folder = model_folder(cfg.model)
-    recipe = recipe_of(folder)
-    height, width = (recipe.size if side is None else side for side in (cfg.height, cfg.width))
-    shape = latent_shape(folder, height, width)
-    sigmas = sigma_grid(read_json(folder / "scheduler" / "scheduler_config.json"), cfg.steps or recipe.inference_steps)
+    recipe, backbone = recipe_of(folder), backbone_of(folder)
+    cfg = dataclasses.replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
+    check_references(backbone, cfg.teacher_context, bool(cfg.source))
+    multiple = pixels_per_patch(folder)
+    sources = [data.fit(data.open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
+    width, height = sources[0].size if sources else (recipe.size, recipe.size)
+    height, width = cfg.height or height, cfg.width or width
+    shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    sigmas = time_grid(backbone.time_shift(scheduler, steps, *shape[1:]), steps)
 
-    transformer.check(folder)                                       # before the larger work of encoding
-    student, teacher = contexts_of(cfg, folder, recipe, prompts, (height, width), device, dtype)
-    data.free()                                                     # the encoders are gone before the transformer comes
-    net = transformer.load(folder, device, dtype)
+    backbone.check(folder)                                          # before the larger work of encoding
+    check_memory(folder, device, dtype)
+    student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
+    free()                                                          # the encoders are gone before the transformer comes
+    net = backbone.load(folder, device, dtype)
     adapter = lora.load(cfg.lora, net) if cfg.lora else None
-    noise = starting_noise(cfg.seed, *shape)
+    noise = starting_noise(backbone, cfg.seed, shape)
     wanted = {}                                                     # column -> contexts, adapter
     if cfg.compare or not (adapter or teacher):
         wanted["base"] = (student, None)
@@ -223,12 +266,14 @@ def main(argv: list[str] | None = None) -> None:
     latents = {name: draw(net, tqdm(contexts, desc=name, disable=None), noise, sigmas, with_adapter)
                for name, (contexts, with_adapter) in wanted.items()}
     del net
-    data.free()
+    free()
     vae = autoencoder.load(folder, device)
     images = {name: [to_image(vae.decode(z[None])[0]) for z in rows] for name, rows in latents.items()}
 
     facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model,
              "lora": Path(cfg.lora).name if cfg.lora else "none"}
+    if sources:
+        facts["source"] = ", ".join(Path(path).name for path in cfg.source)
     if cfg.reference:
         facts["reference"] = Path(cfg.reference).name
     out = Path(cfg.out)

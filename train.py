@@ -17,7 +17,7 @@ Differs from the official code:
 5. Panels use the same noise every time, and the first one is drawn before step 1.
 """
 import dataclasses
-import hashlib
+import functools
 import math
 import sys
 import time
@@ -29,17 +29,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import encoder
 import files
+import flux2
 import lora
 import loss as objectives
 import model as transformer
-import vae as autoencoder
+from features import Features
 from files import InputError, read_json
-from options import (Interrupt, Recipe, check_seed, device_and_dtype, fill, model_folder, option, parse,
-                     peak_memory_gb, provenance, recipe_of, run as run_program, vlm_of)
-from rollout import rollout, sample, scheduler_shift, sigma_grid
-from sample import Panels, pixels_per_patch
+from options import (Interrupt, Recipe, backbone_of, check_memory, check_references, check_seed, device_and_dtype, fill,
+                     model_folder, option, parse, peak_memory_gb, provenance, recipe_of, run as run_program,
+                     warn_undistilled)
+from rollout import rollout, sample, time_grid
+from sample import Panels, Shift
 
 METHODS = {  # name -> whether it has a teacher that is shown the target image
     "dopsd": True,          # the student's own states (on-policy), the teacher's velocities: the paper
@@ -48,7 +49,7 @@ METHODS = {  # name -> whether it has a teacher that is shown the target image
     "sft": False,           # flow matching on the target images: vanilla fine-tuning
     "pso": False,           # the target images preferred to the model's own samples (arXiv 2410.03190)
 }
-Model = transformer.ZImageTransformer  # the loop needs its `velocity`, lora.py its `lora_names`
+Model = transformer.ZImageTransformer | flux2.Flux2Transformer  # the loop needs `velocity`, lora.py `lora_names`
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Options:
     teacher: str = option("ema", "the teacher's weights: ema of the student's, a live copy, or the base model's",
                           choices=("ema", "copy", "base"))
     ema: float | None = option(None, "m of the teacher: theta_bar <- m theta_bar + (1 - m) theta")
-    beta: float = option(100.0, "of --method pso: how sharply it tells the pair apart")
+    beta: float = option(10.0, "of --method pso: how sharply it tells the pair apart")
     batch_size: int | None = option(None, "images per forward pass")
     accumulate: int | None = option(None, "forward passes per optimizer step")
     size: int | None = option(None, "side of the square training picture in pixels; other shapes have about its area")
@@ -78,6 +79,8 @@ class Options:
     sample_every: int | None = option(None, "optimizer steps between panels; 0: none")
     save_every: int | None = option(None, "optimizer steps between saves")
     resume: bool = option(False, "continue the run in --out as if it had never stopped")
+    teacher_context: str | None = option(None, "how the teacher is shown the target: vlm, or as reference (FLUX.2)",
+                                         choices=("vlm", "reference"))
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
                                choices=("vlm", "text"))
     checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time")
@@ -134,63 +137,6 @@ def open_run(cfg: Options, out: Path, fingerprint: str) -> None:
     if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
     files.check_writable(out, f"--out {out}")
-
-
-# ------------------------------------------------------------------------------------------------------- features
-class Features:
-    """Everything that VAE and encoders contribute: the data set and the panel's contexts. Both are gone afterwards."""
-
-    def __init__(self, cfg: Options, rows: list[data.Row], folder: Path, recipe: Recipe, out: Path,
-                 device: torch.device, dtype: torch.dtype) -> None:
-        self.rows = rows
-        multiple = pixels_per_patch(folder)
-        shapes = data.bucket_shapes(cfg.size, multiple)
-        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if METHODS[cfg.method] else None
-        key = "/".join([data.model_key(folder, "vae", "text_encoder", "tokenizer"),
-                        data.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
-                        str(recipe.image_pixels)])
-        keys = [data.content_key(row, data.nearest_shape(row.size, shapes), key) for row in rows]
-        self.fingerprint = hashlib.sha256(" ".join(keys).encode()).hexdigest()
-        open_run(cfg, out, self.fingerprint)                            # nothing is written before this line
-        cache = Path(cfg.cache) if cfg.cache else out / "cache"
-        prompts = self.panel_rows(cfg, recipe)
-        panel_key = hashlib.sha256(f"{key}{prompts}{keys[:2]}".encode()).hexdigest()[:40]
-        panel_file = cache / f"panel-{panel_key}.safetensors"
-
-        def load_encoder() -> encoder.Encoder:
-            reader = encoder.load(folder, device, dtype, self.vlm, recipe.image_pixels, cfg.teacher_rope)
-            self.encode_panel(reader, prompts, shapes, panel_file)      # while it is in memory
-            return reader
-
-        examples = data.prepare(self.rows, cfg.size, multiple, cache, key, lambda: autoencoder.load(folder, device),
-                                load_encoder, want_teacher=self.vlm is not None, device=device)
-        self.dataset = data.Dataset(examples, cfg.batch_size, cfg.seed)
-        if files.read_tensors(panel_file) is None:
-            load_encoder()
-            data.free()
-        contexts = files.read_tensors(panel_file)
-        self.prompts = [prompt for prompt, _ in prompts]
-        self.targets = [None if index is None else examples[index].target() for _, index in prompts]
-        self.student = [contexts[f"student.{i}"] for i in range(len(prompts))]
-        self.teacher = [contexts.get(f"teacher.{i}", contexts[f"student.{i}"]) for i in range(len(prompts))]
-
-    def panel_rows(self, cfg: Options, recipe: Recipe) -> list[tuple[str, int | None]]:
-        """(prompt, image that the teacher is shown): two training pairs, new prompts, one unrelated prompt."""
-        pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
-        new = [recipe.new_style if "[V] style" in first else recipe.new_object] if "[V]" in first else []
-        return pairs + [(prompt, 0) for prompt in new + cfg.panel_prompt] + [(recipe.unrelated, None)]
-
-    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], shapes: list[data.Shape],
-                     path: Path) -> None:
-        """Contexts of the panel's prompts, "student.i" and "teacher.i", into a file."""
-        contexts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
-        shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
-        if self.vlm:
-            crops = [data.crop(data.open_image(row.image), data.nearest_shape(row.size, shapes))
-                     for _, _, row in shown]
-            features = reader.image_text_context([prompt for _, prompt, _ in shown], crops)
-            contexts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, features)}
-        files.write_tensors(path, {name: c.cpu().clone() for name, c in contexts.items()})
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -299,11 +245,13 @@ def draw_panel(cfg: Options, run: Run, panels: Panels) -> None:
                 run.teacher if METHODS[cfg.method] else None)
 
 
-def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset, scheduler: dict) -> float:
+def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset, shift_of: Shift) -> float:
     """The gradient of one optimizer step, from `cfg.accumulate` batches; returns the mean loss."""
-    sigmas, shift, total = sigma_grid(scheduler, cfg.rollout_steps), scheduler_shift(scheduler), 0.0
+    total = 0.0
     for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
         sides, rng = Sides(run, model, dataset.batch(number)), data.generator(cfg.seed, "noise", number)
+        shift = shift_of(cfg.rollout_steps, *sides.latents.shape[2:])
+        sigmas = time_grid(shift, cfg.rollout_steps)
         if cfg.method in ("dopsd", "off-policy"):
             total += dopsd_step(cfg, sides, sigmas, rng)
         elif cfg.method == "pso":
@@ -313,7 +261,7 @@ def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset
     return total / cfg.accumulate
 
 
-def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: Panels, scheduler: dict) -> int:
+def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: Panels, shift_of: Shift) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     if cfg.sample_every and run.step in (0, cfg.steps):
         draw_panel(cfg, run, panels)                                    # at 0: can the teacher draw the concept at all?
@@ -324,7 +272,7 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
             try:
-                loss = gradient_of_step(cfg, model, run, dataset, scheduler)
+                loss = gradient_of_step(cfg, model, run, dataset, shift_of)
             except torch.OutOfMemoryError:
                 run.save()                                              # a resumed run may use --checkpointing
                 raise
@@ -351,12 +299,14 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
     return 0
 
 
-def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype) -> None:
-    """What the run is about to do."""
+def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype,
+                  memory: float) -> None:
+    """What the run is about to do; memory: GB of weights."""
     shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
     trained = sum(tensor.numel() for tensor in run.parameters.values())
-    buckets = ", ".join(f"{count} of {width}x{height}" for (height, width), count in dataset.buckets.items())
-    print(f"model    {folder} on {run.device}, {str(dtype).removeprefix('torch.')}")
+    buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
+                        for (height, width, sources), count in dataset.buckets.items())
+    print(f"model    {folder} on {run.device}, {str(dtype).removeprefix('torch.')}, {memory:.2g} GB of weights at most")
     print(f"recipe   {recipe.name}: {', '.join(f'{name} {getattr(cfg, name)}' for name in shown)}")
     print(f"trained  {trained:,} LoRA parameters in {len(run.student.weights)} layers")
     print(f"images   {len(dataset.examples)}: {buckets}")
@@ -374,24 +324,29 @@ def main(argv: list[str] | None = None) -> int:
     if (cfg.grad_states or 1) > cfg.rollout_steps:
         raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
                          f"{cfg.rollout_steps}")
-    source = Path(cfg.data).resolve()
+    source, backbone = Path(cfg.data).resolve(), backbone_of(folder)
     out = Path(cfg.out or Path("out") / (source.stem if source.is_file() else source.name))
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    sigmas = sigma_grid(scheduler, recipe.inference_steps)
+    shift_of = functools.partial(backbone.time_shift, read_json(folder / "scheduler" / "scheduler_config.json"))
+    shift_of(cfg.rollout_steps, 2, 2)                                   # refuses schedulers with another grid
+    teacher = cfg.teacher_context if METHODS[cfg.method] else ""
+    check_references(backbone, teacher, any(row.sources for row in rows))
+    warn_undistilled(folder)
 
-    transformer.check(folder)                                           # before anything is encoded and written
-    features = Features(cfg, rows, folder, recipe, out, device, dtype)  # loads VAE and encoders, and frees them
-    model = transformer.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
+    backbone.check(folder)                                              # before anything is encoded and written
+    memory = check_memory(folder, device, dtype)
+    features = Features(cfg, rows, folder, recipe, teacher, device, dtype)
+    open_run(cfg, out, features.fingerprint)                            # nothing is written before this line
+    features.encode(Path(cfg.cache) if cfg.cache else out / "cache")    # loads VAE and encoders, and frees them
+    model = backbone.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
     if cfg.resume:
         run.load()
     files.keep_json_lines(out / "metrics.jsonl", lambda numbers: numbers["step"] <= run.step)
     files.write_json(out / "config.json", {"recipe": recipe.name, "options": asdict(cfg), "data": features.fingerprint,
                                            **provenance()})
-    print_summary(cfg, recipe, folder, run, features.dataset, dtype)
-    panels = Panels(folder, model, sigmas, cfg.seed, features.prompts, features.targets, features.student,
-                    features.teacher)
-    return train(cfg, model, run, features.dataset, panels, scheduler)
+    print_summary(cfg, recipe, folder, run, features.dataset, dtype, memory)
+    panels = Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed, features.panel)
+    return train(cfg, model, run, features.dataset, panels, shift_of)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The autoencoder between pictures and latents: diffusers' AutoencoderKL by hand, with the checkpoint's names.
+"""The autoencoders between pictures and latents, by hand, with the checkpoint's names: diffusers' AutoencoderKL
+(Z-Image) and AutoencoderKLFlux2 (FLUX.2-klein).
 
 D-OPSD happens in latent space; this file is only the way in (once per training image) and the way out (to look).
-It runs in float32 always: the checkpoint says force_upcast, and its activations overflow half precision. (On CUDA torch
-lets convolutions use TF32.)
-Model space: latents = (z - shift_factor) * scaling_factor, z = mean of the posterior (not a sample of it, so that a
-picture has one latent and can be cached).
+Both run in float32 always: Z-Image's checkpoint says force_upcast, and its activations overflow half precision. (On
+CUDA torch lets convolutions use TF32.)
+The networks are alike; `_class_name` in vae/config.json chooses how raw latents z become those of model space:
+  AutoencoderKL       latents = (z - shift_factor) * scaling_factor, two numbers of the config
+  AutoencoderKLFlux2  latents = unpack((pack(z) - running_mean) / sqrt(running_var + batch_norm_eps)), where pack turns
+                      2x2 squares of positions into channels; the statistics of each such channel are in the weights
+z is the mean of the posterior (not a sample of it, so that a picture has one latent and can be cached). Both give
+unpacked latents (B, c, H/f, W/f).
 """
 from pathlib import Path
 
@@ -16,6 +21,10 @@ from torch import Tensor, nn
 from files import InputError, load_strictly, read_json, tensors
 
 ENCODER_BLOCK, DECODER_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
+KL, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"  # _class_name in vae/config.json
+KEYS = ("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels")
+KEYS_OF = {KL: ("scaling_factor",), FLUX2: ("batch_norm_eps", "patch_size")}
+SQUARE = 2  # side of the squares of latents that FLUX.2 packs into channels
 
 
 class ResnetBlock(nn.Module):
@@ -129,7 +138,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: dict) -> None:
         super().__init__()
-        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
+        widths, groups = widths[::-1], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups, config.get("mid_block_add_attention", True))
         self.up_blocks = nn.ModuleList(
@@ -146,6 +156,40 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
+class BatchStatistics(nn.Module):
+    """Mean and variance of each packed channel. Unlike nn.BatchNorm2d's, they are constants in train mode too."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.eps = eps
+
+    def normalise(self, packed: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same shape."""
+        return (packed - self.mean()) / self.deviation()
+
+    def denormalise(self, packed: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return packed * self.deviation() + self.mean()
+
+    def mean(self) -> Tensor:
+        return rearrange(self.running_mean, "c -> c 1 1")
+
+    def deviation(self) -> Tensor:
+        return rearrange((self.running_var + self.eps).sqrt(), "c -> c 1 1")
+
+
+def pack(z: Tensor) -> Tensor:
+    """Squares of positions into channels, in the order (c, row, column): (B, c, h, w) -> (B, 4c, h/2, w/2)."""
+    return rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=SQUARE, q=SQUARE)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`."""
+    return rearrange(packed, "b (c p q) h w -> b c (h p) (w q)", p=SQUARE, q=SQUARE)
+
+
 class Autoencoder(nn.Module):
     """Pictures <-> latents in model space. `factor` is the side of the square of pixels behind one latent position."""
 
@@ -158,8 +202,11 @@ class Autoencoder(nn.Module):
             self.post_quant_conv = nn.Conv2d(config["latent_channels"], config["latent_channels"], 1)
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.channels = config["latent_channels"]
-        self.scale = config["scaling_factor"]
-        self.shift = config.get("shift_factor") or 0.0                      # null in the configs of older autoencoders
+        if config.get("_class_name", KL) == FLUX2:
+            self.bn = BatchStatistics(self.channels * SQUARE ** 2, config["batch_norm_eps"])
+        else:
+            self.scale = config["scaling_factor"]
+            self.shift = config.get("shift_factor") or 0.0                  # null in the configs of older autoencoders
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W) in [-1, 1], H and W divisible by `factor` -> mean, log variance, each (B, c, H/f, W/f)."""
@@ -173,27 +220,50 @@ class Autoencoder(nn.Module):
         """Raw latents (B, c, h, w), before the normalisation of model space -> (B, 3, h * f, w * f), unclamped."""
         return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
 
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latents (B, c, h, w) -> model space, the same shape. FLUX.2 needs even h and w."""
+        if hasattr(self, "bn"):
+            return unpack(self.bn.normalise(pack(z)))
+        return (z - self.shift) * self.scale
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        if hasattr(self, "bn"):
+            return unpack(self.bn.denormalise(pack(latents)))
+        return latents / self.scale + self.shift
+
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) float32 in [-1, 1] -> latents in model space (B, c, H/f, W/f) float32."""
-        return (self.posterior(image.float())[0] - self.shift) * self.scale
+        return self.normalise(self.posterior(image.float())[0])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents in model space (B, c, h, w) -> image (B, 3, h * f, w * f) float32, clamped to [-1, 1]."""
-        return self.reconstruct(latents.float() / self.scale + self.shift).clamp(-1, 1)
+        return self.reconstruct(self.denormalise(latents.float())).clamp(-1, 1)
+
+
+def read_config(path: Path) -> dict:
+    """The content of a vae/config.json that describes one of the two autoencoders. Raises InputError."""
+    kind = read_json(path).get("_class_name", KL)
+    if kind not in (KL, FLUX2):
+        raise InputError(f"{path}: _class_name {kind!r} is not supported; use an {KL} or an {FLUX2}")
+    config = read_json(path, *KEYS, *KEYS_OF[kind])
+    for key, only in (("down_block_types", ENCODER_BLOCK), ("up_block_types", DECODER_BLOCK)):
+        if any(name != only for name in config.get(key, [])):
+            raise InputError(f"{path}: {key} {config[key]} is not supported; use an {kind} of {only} only")
+    if kind == FLUX2 and config["patch_size"] != [SQUARE, SQUARE]:
+        raise InputError(f"{path}: patch_size {config['patch_size']} is not supported; "
+                         f"use an {kind} with [{SQUARE}, {SQUARE}]")
+    return config
 
 
 def load(folder: Path, device: torch.device | str) -> Autoencoder:
     """The frozen autoencoder of a checkpoint folder, float32 on `device`. Raises InputError."""
     path = Path(folder) / "vae"
-    config = read_json(path / "config.json", "block_out_channels", "latent_channels", "layers_per_block",
-                       "norm_num_groups", "scaling_factor", "in_channels", "out_channels")
-    for key, only in (("down_block_types", ENCODER_BLOCK), ("up_block_types", DECODER_BLOCK)):
-        if any(kind != only for kind in config.get(key, [])):
-            raise InputError(f"{path / 'config.json'}: {key} {config[key]} is not supported; "
-                             f"use an AutoencoderKL of {only} only")
+    config = read_config(path / "config.json")
     with torch.device("meta"):
         vae = Autoencoder(config)
-    load_strictly(vae, tensors(path), path, device, torch.float32)
+    counter = "bn.num_batches_tracked"  # of nn.BatchNorm2d, only used to update the statistics
+    load_strictly(vae, tensors(path), path, device, torch.float32, ignore=(counter,))
     return vae.eval()

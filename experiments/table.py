@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
 
-import data
 import train
 from experiments import concepts as drawing
 from experiments import figures
@@ -25,7 +24,7 @@ from experiments.protocol import FULL, METHODS, QUICK, Job, Plan, Settings, to_f
 from experiments.report import Report
 from experiments.results import Results, choose_rates
 from experiments.work import Laboratory, work
-from files import InputError, check_writable, write_bytes
+from files import InputError, check_writable, model_key, write_bytes
 from options import EMBEDDED, ROOT, model_folder, option, parse, recipe_of, run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
@@ -72,7 +71,7 @@ def facts_of(settings: Settings, found: list[Concept], model: Path) -> dict:
     recipe = {**dataclasses.asdict(recipe_of(model)), "beta": train.Options.beta}
     about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in found}
     return {"protocol": to_facts(settings), "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about,
-            "model": data.model_key(model, *MODEL_PARTS), "metrics": METRICS}
+            "model": model_key(model, *MODEL_PARTS), "metrics": METRICS}
 
 
 class Progress:

@@ -1,39 +1,18 @@
-"""Data folders, images, buckets, the feature cache and the order of batches, with tiny images and fake encoders."""
-import gc
+"""Data folders, images, buckets and the order of batches, with tiny images and fake encoders."""
 import json
 import re
-import shutil
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import data
-from data import (Dataset, Row, bucket_shapes, crop, generator, model_key, nearest_shape, open_image, prepare,
-                  read_folder)
+from data import Dataset, Row, bucket_shapes, crop, fit, generator, nearest_shape, open_image, read_folder
 from files import InputError
-
-
-def picture(path: Path, size: tuple[int, int] = (8, 8), color="red", mode: str = "RGB") -> Path:
-    Image.new(mode, size, color).save(path)
-    return path
-
-
-def sidecars(folder: Path, names: str = "abcd", size: tuple[int, int] = (8, 8)) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(names):
-        picture(folder / f"{name}.png", size, (20 * i, 100, 200))
-        (folder / f"{name}.txt").write_text(f"caption {name}\n")
-    return folder
-
-
-def table(path: Path, *lines) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
+from test_features import FakeEncoder, Loader, picture, sidecars, table
 
 
 def fails(path: Path, message: str) -> None:
@@ -144,6 +123,9 @@ def test_broken_images(tmp_path, suffix):
     ({"local_path_list": ["z.png"], "short_en": "x"}, r".*/z.png: no such file; correct the path or add the image"),
     ({"local_path_list": ["a.png"], "short_en": " "}, r"no caption; fill in at least one of short_en, .*_zh"),
     ({"local_path_list": ["a.png"], "short_en": ["x"]}, r"captions must be strings; correct this line"),
+    ({"file_name": "a.png", "text": "x", "source": "z.png"}, r".*/z.png: no such file; correct the path or add the .*"),
+    ({"file_name": "a.png", "text": "x", "source": ["a.png", 3]}, r"'source' must be a path or a list of paths; .*"),
+    ({"file_name": "a.png", "text": "x", "source": {"a": 1}}, r"'source' must be a path or a list of paths; .*"),
 ])
 def test_bad_jsonl_lines(tmp_path, line, message):
     picture(tmp_path / "a.png")
@@ -215,6 +197,34 @@ def test_modes(tmp_path):
         open_image(tmp_path / "none.png")
 
 
+# ----------------------------------------------------------------------------------------------------- sources
+def test_sources_of_editing_rows(tmp_path):
+    for name in "abcst":
+        picture(tmp_path / f"{name}.png")
+    table(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "x", "source": "s.png"},
+          {"file_name": "b.png", "text": "x", "source": ["t.png", "s.png"]}, {"file_name": "c.png", "text": "x"})
+    assert [[path.name for path in row.sources] for row in read_folder(tmp_path)] == [["s.png"], ["t.png", "s.png"], []]
+    (tmp_path / "s.png").write_bytes((tmp_path / "s.png").read_bytes()[:40])
+    with pytest.raises(InputError, match=r"s\.png: not "):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 100), (1024, 1024), (1030, 1030), (2000, 700), (333, 3000)])
+def test_fit_is_the_pipelines_preprocessing(size):
+    image = Image.effect_noise(size, 60).convert("RGB")
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    theirs = image if size[0] * size[1] <= 1024 ** 2 else processor._resize_to_target_area(image, 1024 ** 2)
+    width, height = (side // 16 * 16 for side in theirs.size)
+    theirs = processor.preprocess(theirs, height=height, width=width, resize_mode="crop")
+    ours = data.to_tensor(fit(image, 16, 1024 ** 2, "x.png"))
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-6
+
+
+def test_too_small_a_reference():
+    with pytest.raises(InputError, match=r"^x\.png: 64x15 pixels are too few for a reference image, which needs 16 "):
+        fit(Image.new("RGB", (64, 15)), 16, 1024 ** 2, "x.png")
+
+
 # ----------------------------------------------------------------------------------------------------- buckets
 def test_bucket_shapes():
     paper = {(1024, 1024), (1152, 896), (896, 1152), (1152, 864), (864, 1152), (1248, 832), (832, 1248), (1280, 720),
@@ -271,166 +281,6 @@ def test_to_tensor():
     assert torch.allclose(tensor[0, :, 1, 2], torch.tensor([-1.0, 1.0, -0.6]))
 
 
-# ------------------------------------------------------------------------------------------------------- cache
-class FakeVae:
-    """Mean over 4 x 4 pixels, so that latents tell which image they came from."""
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        assert not torch.is_grad_enabled() and image.shape[0] == 1 and image.abs().max() <= 1
-        return torch.nn.functional.avg_pool2d(image, 4)
-
-
-class FakeEncoder:
-    """Contexts whose length and values follow from the prompt, and for the teacher from the image's first pixel."""
-
-    def text_context(self, prompts: list[str]) -> list[torch.Tensor]:
-        batch = torch.zeros(len(prompts), 64, 5, dtype=torch.bfloat16)  # views of one tensor, as real encoders return
-        for row, prompt in zip(batch, prompts):
-            row[:] = sum(prompt.encode()) % 97
-        return [row[:len(prompt)] for row, prompt in zip(batch, prompts)]
-
-    def image_text_context(self, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
-        return [torch.cat([torch.full((1, 5), float(image.getpixel((0, 0))[0])).bfloat16(), context])
-                for image, context in zip(images, FakeEncoder.text_context(self, prompts), strict=True)]
-
-
-class Loader:
-    """Callables for `prepare` that count loads and watch that two models never live at once."""
-
-    def __init__(self):
-        self.loads, self.alive, self.encoded = [], weakref.WeakSet(), []  # encoded: the prompts that were asked for
-
-    def load(self, kind):
-        assert len(self.alive) == 0, "two models in memory at once"
-        self.loads.append(kind.__name__)
-        model = kind()
-        encode = getattr(model, "text_context", None)
-        if encode:
-            model.text_context = lambda prompts: self.encoded.append(tuple(prompts)) or encode(prompts)
-            model.itself = model  # a cycle, as in real modules with hooks: dropping the name alone does not free it
-        self.alive.add(model)
-        return model
-
-    def prepare(self, folder, cache, key="model", size=16, **options):
-        return prepare(read_folder(folder), size, 8, cache, key, lambda: self.load(FakeVae),
-                       lambda: self.load(FakeEncoder), **options)
-
-
-def test_cache_is_filled_once(tmp_path, capsys):
-    folder, loader = sidecars(tmp_path / "data", size=(16, 16)), Loader()
-    gc.disable()
-    try:
-        examples = loader.prepare(folder, tmp_path / "cache")
-        assert loader.loads == ["FakeVae", "FakeEncoder"] and len(loader.alive) == 0  # freed before it returned
-    finally:
-        gc.enable()
-    assert len(list((tmp_path / "cache").iterdir())) == 4
-    stored = load_file(examples[1].file)
-    assert set(stored) == {"latents", "student.0", "teacher.0"}
-    assert stored["latents"].shape == (3, 4, 4) and stored["latents"].dtype == torch.float32
-    assert stored["student.0"].shape == (9, 5) and stored["student.0"].dtype == torch.bfloat16
-    assert stored["teacher.0"].shape == (10, 5) and float(stored["teacher.0"][0, 0]) == 20.0
-    assert torch.allclose(stored["latents"][:, 0, 0], torch.tensor([20, 100, 200]) / 127.5 - 1)
-
-    again = Loader()
-    assert again.prepare(folder, tmp_path / "cache") == examples and again.loads == []
-    moved = shutil.copytree(folder, tmp_path / "moved")  # content counts, not the place
-    assert [example.file for example in again.prepare(moved, tmp_path / "cache")] == [e.file for e in examples]
-    assert again.loads == []
-    assert capsys.readouterr().err == ""
-
-
-def test_only_what_changed_is_encoded_again(tmp_path):
-    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
-    Loader().prepare(folder, cache)
-
-    def encoded(**options) -> list[str]:
-        loader = Loader()
-        loader.prepare(folder, cache, **options)
-        return [prompts[0] for prompts in loader.encoded]
-
-    (folder / "b.txt").write_text("another caption")
-    assert encoded() == ["another caption"] and encoded() == []
-    picture(folder / "c.png", (16, 16), "blue")
-    assert encoded() == ["caption c"] and encoded() == []
-    assert len(encoded(key="other model")) == 4 and encoded(key="other model") == []
-    assert len(encoded(size=32)) == 4 and encoded() == []
-
-
-def test_broken_cache_files_are_encoded_again(tmp_path):
-    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
-    examples = Loader().prepare(folder, cache)
-    whole = [example.file.read_bytes() for example in examples]
-    examples[0].file.write_bytes(whole[0][:-20])
-    examples[1].file.write_bytes(b"")
-    examples[2].file.write_bytes(b"garbage" * 100)
-    save_file({"latents": torch.zeros(3, 4, 4)}, examples[3].file)
-    loader = Loader()
-    loader.prepare(folder, cache)
-    assert len(loader.encoded) == 4
-    assert [example.file.read_bytes() for example in examples] == whole
-
-
-def test_without_teacher(tmp_path):
-    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
-    examples = Loader().prepare(folder, cache, want_teacher=False)
-    batch = Dataset(examples, 2, 0).batch(0)
-    assert batch.teacher_context == [] and len(batch.student_context) == 2
-    loader = Loader()
-    loader.prepare(folder, cache)  # now the teacher is wanted: the same files are completed
-    assert len(loader.encoded) == 4
-    assert Loader().prepare(folder, cache, want_teacher=False) == examples and len(list(cache.iterdir())) == 4
-
-
-def test_enlarged_images_warn_once(tmp_path, capsys):
-    folder = sidecars(tmp_path / "data", "abc", (16, 16))
-    picture(folder / "b.png", (8, 8))
-    for _ in range(2):
-        Loader().prepare(folder, tmp_path / "cache")
-        warning = capsys.readouterr().err
-        assert warning.count("warning:") == 1 and warning.count("\n") == 1
-        assert "1 of 3 images are enlarged" in warning and "b.png (2.00x)" in warning
-
-
-def test_cache_that_cannot_be_written(tmp_path):
-    folder = sidecars(tmp_path / "data", size=(16, 16))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="could not be written"):
-        Loader().prepare(folder, tmp_path / "file" / "cache")
-
-
-def test_model_key(tmp_path):
-    def model(name: str, scale: float, width: int = 4) -> Path:
-        folder = tmp_path / name / "vae"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"width": width}))
-        save_file({"w": torch.full((4, 4), scale)}, folder / "model.safetensors")
-        (tmp_path / name / "vae" / "README.md").write_text(name)
-        return tmp_path / name
-
-    first = model_key(model("one", 1.0), "vae")
-    assert first == model_key(model("copy", 1.0), "vae") == model_key(tmp_path / "one", "vae")
-    keys = {first, model_key(model("trained", 2.0), "vae"), model_key(model("config", 1.0, 8), "vae"),
-            model_key(tmp_path / "one" / "vae")}
-    assert len(keys) == 4  # same header and size, other weights: another model
-    with pytest.raises(InputError, match="text_encoder: no such folder"):
-        model_key(tmp_path / "one", "vae", "text_encoder")
-
-
-def test_large_files_are_sampled(tmp_path):
-    big = tmp_path / "a.safetensors"
-    content = np.random.default_rng(0).bytes(100_000)
-    hashes = set()
-    for change in (None, 0, len(content) - 1):
-        edited = bytearray(content)
-        if change is not None:
-            edited[change] ^= 1
-        big.write_bytes(edited)
-        hashes.add(data.sampled_hash(big, samples=8, length=1000))
-        assert data.sampled_hash(big, samples=8, length=1000) in hashes
-    assert len(hashes) == 3
-
-
 # ------------------------------------------------------------------------------------------------------- order
 @pytest.fixture
 def mixed(tmp_path):
@@ -466,9 +316,10 @@ def test_batch_contents_and_captions(mixed):
         for i, index in enumerate(batch.indices):
             caption = batch.captions[i]
             assert caption in mixed[index].row.captions
-            assert torch.equal(batch.student_context[i], FakeEncoder().text_context([caption])[0])
-            assert float(batch.teacher_context[i][0, 0]) == 10.0 * index
-            assert torch.equal(batch.teacher_context[i][1:], batch.student_context[i])
+            student, teacher = batch.student_context[i], batch.teacher_context[i]
+            assert torch.equal(student.text, FakeEncoder().text_context([caption])[0])
+            assert float(teacher.text[0, 0]) == 10.0 * index
+            assert torch.equal(teacher.text[1:], student.text) and student.references == teacher.references == ()
             assert torch.allclose(batch.latents[i, 0], torch.tensor(10 * index / 127.5 - 1), atol=0.02)
             drawn.add(caption)
     assert len(drawn) == 7 + 3 * 3  # every caption gets its turn

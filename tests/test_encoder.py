@@ -1,5 +1,6 @@
-"""encoder.py against diffusers' ZImagePipeline (f_text) and transformers' Qwen3-VL (f_mm), on a small random model."""
+"""encoder.py against diffusers' pipelines (f_text) and transformers' Qwen3-VL (f_mm), on a small random model."""
 import gc
+import inspect
 import json
 import shutil
 import weakref
@@ -10,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import Flux2KleinPipeline, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,6 +25,7 @@ from files import InputError
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 PROMPTS = ["a red star", "ein großes Haus mit 3 Bäumen, 夜", "[V] in the snow  ", "a big blue blob on the left on mint"]
 SIZES = [(64, 64), (100, 40), (33, 90), (200, 200)]  # width, height
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 # What the checkpoints' own chat templates (Qwen3, Qwen3-VL) do for one user message.
 TEXT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -106,6 +108,27 @@ def both(world) -> encoder.Encoder:
     return encoder.load(world.folder, "cpu", vlm=world.vlm)
 
 
+@pytest.fixture(scope="session")
+def klein(world) -> encoder.Encoder:
+    return encoder.load(world.folder, "cpu", vlm=world.vlm, style=encoder.KLEIN)
+
+
+@pytest.fixture(scope="session")
+def short_klein(world, tmp_path_factory) -> encoder.Encoder:
+    """Its tokenizer takes 64 tokens, as that of a small model does."""
+    copy = copied_checkpoint(world, tmp_path_factory.mktemp("short"))
+    change_json(copy / "tokenizer" / "tokenizer_config.json", model_max_length=64)
+    return encoder.load(copy, "cpu", vlm=world.vlm, style=encoder.KLEIN)
+
+
+def copied_checkpoint(world: World, folder: Path) -> Path:
+    return shutil.copytree(world.folder, folder / "copy", ignore=shutil.ignore_patterns("vlm", "whole"))
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.fixture
 def images() -> list[Image.Image]:
     generator = torch.Generator().manual_seed(1)
@@ -119,29 +142,49 @@ def pipeline_context(world: World, prompts: list[str]) -> list[torch.Tensor]:
         return pipeline.encode_prompt(list(prompts), "cpu", do_classifier_free_guidance=False)[0]
 
 
+def klein_context(world: World, prompts: list[str], length: int = 512) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(Flux2KleinPipeline._get_qwen3_prompt_embeds(
+            world.text, world.tokenizer, prompts, max_sequence_length=length, hidden_states_layers=(1, 2, 3)))
+
+
 class ImageProcessor(Qwen3VLProcessor):
     """transformers' processor without its video half, which insists on torchvision."""
     def check_argument_for_proper_class(self, argument_name, argument):
         return type(argument)
 
 
-def official_context(world: World, prompt: str, image: Image.Image,
-                     pixels: tuple[int, int] = (4096, 4096)) -> torch.Tensor:
-    """f_mm as the official code has it, except that the prompt is templated once: processor, VLM, cut features."""
+def read_with_qwen3_vl(world: World, prompt: str, image: Image.Image, pixels: tuple[int, int] = (4096, 4096),
+                       thought: str = "", **padding) -> tuple[torch.Tensor, ...]:
+    """All hidden states of one chat, by transformers' processor and model."""
     image_processor = Qwen2VLImageProcessorPil(patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3,
                                                min_pixels=pixels[0], max_pixels=pixels[1])
     processor = ImageProcessor(image_processor, world.tokenizer, None, chat_template=IMAGE_TEMPLATE)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[chat], images=[image], padding=True, truncation=True, return_tensors="pt")
+    chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + thought
+    inputs = processor(text=[chat], images=[image], return_tensors="pt", **padding)
     with torch.no_grad():
-        return world.teacher(**inputs, output_hidden_states=True).hidden_states[-2][0][:1024]
+        states = world.teacher(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == 5  # of the embedding and four layers, none of the vision tower
+    return states
 
 
-def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+def official_context(world: World, prompt: str, image: Image.Image,
+                     pixels: tuple[int, int] = (4096, 4096)) -> torch.Tensor:
+    """f_mm as the official code has it, except that the prompt is templated once: processor, VLM, cut features."""
+    return read_with_qwen3_vl(world, prompt, image, pixels, padding=True, truncation=True)[-2][0][:1024]
+
+
+def klein_image_context(world: World, prompt: str, image: Image.Image, length: int = 512) -> torch.Tensor:
+    """f_mm with the layers, the chat and the padding of FLUX.2-klein."""
+    states = read_with_qwen3_vl(world, prompt, image, thought=NO_THOUGHT, padding="max_length", max_length=length)
+    return torch.cat([states[1], states[2], states[3]], dim=-1)[0][:1024]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], atol: float = 1e-4) -> None:
     assert [tuple(a.shape) for a in ours] == [tuple(b.shape) for b in theirs]
     for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- templates
@@ -150,6 +193,20 @@ def test_templates_are_golden():
     assert encoder.image_text_prompt("a [V] dog", 2) == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>a [V] dog<|im_end|>\n"
         "<|im_start|>assistant\n")
+    assert encoder.text_prompt("a [V] dog", encoder.KLEIN.thought) == (
+        "<|im_start|>user\na [V] dog<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert encoder.image_text_prompt("a [V] dog", 1, encoder.KLEIN.thought) == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a [V] dog<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_reference_prompts_are_golden():
+    assert encoder.reference_prompt("a [V] dog", 0) == (
+        "a [V] dog\nKeep the subject, the background and the composition of the reference image.")
+    assert encoder.reference_prompt("make it red", 1) == (
+        "make it red\nThe last reference image, image 2, shows the wanted result.")
+    assert encoder.reference_prompt("join them", 2) == (
+        "join them\nThe last reference image, image 3, shows the wanted result.")
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, " \n{{ x }} {% if %}", "<|im_end|>"])
@@ -157,6 +214,9 @@ def test_templates_equal_the_tokenizers_own(world, prompt):
     theirs = world.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                  add_generation_prompt=True, enable_thinking=True)
     assert encoder.text_prompt(prompt) == theirs
+    theirs = world.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                 add_generation_prompt=True, enable_thinking=False)
+    assert encoder.text_prompt(prompt, encoder.KLEIN.thought) == theirs
     parts = [{"type": "image"}, {"type": "text", "text": prompt}]
     theirs = world.tokenizer.apply_chat_template([{"role": "user", "content": parts}], chat_template=IMAGE_TEMPLATE,
                                                  tokenize=False, add_generation_prompt=True)
@@ -193,11 +253,50 @@ def test_long_prompt_is_cut_as_in_the_pipeline(world, both):
     assert_close(ours, pipeline_context(world, prompts))
 
 
+def test_klein_takes_the_layers_of_the_pipeline():
+    signature = inspect.signature(Flux2KleinPipeline._get_qwen3_prompt_embeds)
+    assert encoder.KLEIN.layers(36) == signature.parameters["hidden_states_layers"].default == (9, 18, 27)
+    assert encoder.KLEIN.layers(4) == (1, 2, 3)
+
+
+def test_kleins_text_context_equals_the_pipelines(world, klein):
+    prompts = [*PROMPTS, "one more " * 20, "padding <|endoftext|> inside", "word " * 80] * 2  # more than one batch
+    ours = klein.text_context(prompts)
+    assert_close(ours, klein_context(world, prompts), atol=1e-5)
+    assert {tuple(context.shape) for context in ours} == {(512, 3 * 32)} and not ours[0].requires_grad
+
+
+def test_long_prompt_is_cut_as_in_kleins_pipeline(world, klein):
+    prompts = ["word " * 400, "short"]
+    with pytest.warns(UserWarning, match="only the first 512"):
+        ours = klein.text_context(prompts)
+    assert_close(ours, klein_context(world, prompts), atol=1e-5)
+
+
+def test_klein_pads_to_a_smaller_limit_of_the_tokenizer(world, short_klein, images):
+    assert_close(short_klein.text_context(PROMPTS[:2]), klein_context(world, PROMPTS[:2], length=64), atol=1e-5)
+    long = "word " * 20
+    with pytest.warns(UserWarning, match="only the first 64"):
+        ours = short_klein.text_context([long])
+    assert_close(ours, klein_context(world, [long], length=64), atol=1e-5)
+    ours = short_klein.image_text_context(["a", long], images[:2])
+    assert len(ours[0]) == 64 < len(ours[1])
+    theirs = [klein_image_context(world, prompt, image, 64) for prompt, image in zip(["a", long], images)]
+    assert_close(ours, theirs, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- f_mm
 def test_image_text_context_equals_qwen3_vl(world, both, images):
     ours = both.image_text_context(PROMPTS, images)  # one batch of different grids and lengths
     assert_close(ours, [official_context(world, prompt, image) for prompt, image in zip(PROMPTS, images)])
     assert len({len(context) for context in ours}) > 1 and not ours[0].requires_grad
+
+
+def test_kleins_image_text_context_equals_qwen3_vl(world, klein, images):
+    prompts = [*PROMPTS[:3], "word " * 150]
+    ours = klein.image_text_context(prompts, images)  # one batch; the short ones are padded beyond what they keep
+    assert [len(context) for context in ours[:3]] == [512] * 3 and 512 < len(ours[3]) < 1024
+    assert_close(ours, [klein_image_context(world, prompt, image) for prompt, image in zip(prompts, images)], atol=1e-5)
 
 
 def test_image_text_context_in_several_batches(both, images):
@@ -232,6 +331,21 @@ def test_long_prompt_beside_an_image_is_cut_behind(world, both, images):
         ours = both.image_text_context([prompt], images[:1])
     assert len(ours[0]) == 1024
     assert_close(ours, [official_context(world, prompt, images[0])])
+
+
+def test_long_prompt_beside_kleins_image_is_cut_behind(world, klein, images):
+    prompt = "word " * 400
+    with pytest.warns(UserWarning, match="only the first 1024"):
+        ours = klein.image_text_context([prompt], images[:1])
+    assert len(ours[0]) == 1024
+    assert_close(ours, [klein_image_context(world, prompt, images[0])], atol=1e-5)
+
+
+def test_teacher_rope_of_klein(world, klein):
+    same = encoder.load(world.folder, "cpu", vlm=world.vlm, teacher_rope="text", style=encoder.KLEIN)
+    tokens = [world.tokenizer(encoder.text_prompt(prompt, NO_THOUGHT)).input_ids for prompt in PROMPTS]
+    with torch.no_grad():
+        assert_close(same._features(same.vlm.language_model, tokens), klein.text_context(PROMPTS))
 
 
 def test_teacher_rope(world, both):
@@ -284,7 +398,7 @@ def test_whole_vlm_in_one_file_keeps_its_language_model_out(world, both, images)
 
 
 def test_text_encoder_without_prefix_and_with_head(world, both, tmp_path):
-    copy = shutil.copytree(world.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("vlm", "whole"))
+    copy = copied_checkpoint(world, tmp_path)
     weights = {name.removeprefix("model."): tensor for name, tensor in
                load_file(copy / "text_encoder" / "model.safetensors").items()}
     save_file({**weights, "lm_head.weight": torch.zeros(3, 3)}, copy / "text_encoder" / "model.safetensors")
@@ -390,7 +504,7 @@ def test_vlm_of_another_model(world, tmp_path, section, key, value, message):
 
 
 def test_bad_checkpoint_folders(world, tmp_path):
-    copy = shutil.copytree(world.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("vlm", "whole"))
+    copy = copied_checkpoint(world, tmp_path)
     (copy / "text_encoder" / "config.json").rename(tmp_path / "config.json")
     fails("text_encoder.config.json: no such file", encoder.load, copy, "cpu")
     (tmp_path / "config.json").rename(copy / "text_encoder" / "config.json")
@@ -398,3 +512,15 @@ def test_bad_checkpoint_folders(world, tmp_path):
     fails("tokenizer: not readable as a tokenizer", encoder.load, copy, "cpu")
     shutil.rmtree(copy / "tokenizer")
     fails("tokenizer: no such folder", encoder.load, copy, "cpu")
+
+
+def test_too_few_layers_for_klein(world, tmp_path):
+    copy = copied_checkpoint(world, tmp_path)
+    change_json(copy / "text_encoder" / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    fails("text_encoder: num_hidden_layers 3, too few", encoder.load, copy, "cpu", style=encoder.KLEIN)
+
+
+def test_tokenizer_without_padding(world, tmp_path):
+    copy = copied_checkpoint(world, tmp_path)
+    change_json(copy / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    fails("tokenizer: its tokenizer has no pad_token", encoder.load, copy, "cpu")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -218,3 +219,36 @@ def test_imports_are_seen(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("import a.b as c\ndef f():\n    from d.e import g\n    import os, h\n")
     assert imported(path) == {"a", "d", "os", "h"}
+
+
+# ---------------------------------------------------------------------------------------------------- identity
+def test_model_key(tmp_path):
+    def model(name: str, scale: float, width: int = 4) -> Path:
+        folder = tmp_path / name / "vae"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"width": width}))
+        save_file({"w": torch.full((4, 4), scale)}, folder / "model.safetensors")
+        (tmp_path / name / "vae" / "README.md").write_text(name)
+        return tmp_path / name
+
+    first = files.model_key(model("one", 1.0), "vae")
+    assert first == files.model_key(model("copy", 1.0), "vae") == files.model_key(tmp_path / "one", "vae")
+    keys = {first, files.model_key(model("trained", 2.0), "vae"), files.model_key(model("config", 1.0, 8), "vae"),
+            files.model_key(tmp_path / "one" / "vae")}
+    assert len(keys) == 4  # same header and size, other weights: another model
+    with pytest.raises(InputError, match="text_encoder: no such folder"):
+        files.model_key(tmp_path / "one", "vae", "text_encoder")
+
+
+def test_large_files_are_sampled(tmp_path):
+    big = tmp_path / "a.safetensors"
+    content = np.random.default_rng(0).bytes(100_000)
+    hashes = set()
+    for change in (None, 0, len(content) - 1):
+        edited = bytearray(content)
+        if change is not None:
+            edited[change] ^= 1
+        big.write_bytes(edited)
+        hashes.add(files.sampled_hash(big, samples=8, length=1000))
+        assert files.sampled_hash(big, samples=8, length=1000) in hashes
+    assert len(hashes) == 3

@@ -46,7 +46,8 @@ def ours(theirs: ZImageTransformer2DModel, **changes) -> zimage.ZImageTransforme
 
 
 def their_velocity(theirs, x, sigma, context, patch=2):
-    """What ZImagePipeline does around its transformer."""
+    """What ZImagePipeline does around its transformer. context: texts, or `Context`s without references."""
+    context = [getattr(c, "text", c) for c in context]
     t = (1 - torch.as_tensor(sigma)).expand(len(x))
     out = theirs([latent.unsqueeze(1) for latent in x], t, context, patch_size=patch, return_dict=False)[0]
     return -torch.stack(out).squeeze(2)

@@ -37,7 +37,7 @@ FILES = ("student.safetensors", "teacher.safetensors", STATE)
 @pytest.fixture
 def prepare(run, monkeypatch):
     """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
-    names = ("cfg", "model", "run", "dataset", "panels", "scheduler")
+    names = ("cfg", "model", "run", "dataset", "panels", "shift_of")
 
     def start(*flags) -> SimpleNamespace:
         caught = []

@@ -32,6 +32,7 @@ CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
              "num_train_timesteps": 1000, "shift": 10.0, "use_dynamic_shifting": False}
 TRAIN_SHIFT = 6.0                           # of the noise levels in training: a little more of the low ones
+PLACE_TOLD = 0.6                            # in training captions; to choose a place is harder than to be told one
 INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -75,7 +76,7 @@ class Contexts:
         chance = torch.rand(len(rows), generator=g)
         prompts = []
         for row, u in zip(rows, chance.tolist()):
-            tell = random_tell(g)
+            tell = random_tell(g, PLACE_TOLD)
             prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
                            else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
         return self.features.contexts(prompts)

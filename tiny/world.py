@@ -120,13 +120,15 @@ def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "pl
     return text
 
 
-def random_tell(generator: torch.Generator) -> tuple[str, ...]:
-    """What a pre-training caption mentions: about half of the captions leave something open. The style is always
-    told."""
+def random_tell(generator: torch.Generator, place: float = 0.9) -> tuple[str, ...]:
+    """What a caption mentions: about half of the captions leave something open. The style is always told.
+
+    place: the chance that the place is told.
+    """
     u = torch.rand(5, generator=generator).tolist()
     tell = ["style"]
     tell += ["size"] if u[0] < 0.9 else []
-    tell += ["place"] if u[1] < 0.9 else []
+    tell += ["place"] if u[1] < place else []
     tell += ["backdrop"] if u[2] < 0.75 else []
     tell += ["main", "pattern"] if u[3] < 0.8 else ["main"] if u[4] < 0.7 else []
     return tuple(tell)

@@ -1,0 +1,176 @@
+"""What VAE and encoders contribute, computed once: latents and the two contexts of every image, kept on disk.
+
+D-OPSD (arXiv 2605.05204), Eq. 4: a pair (x0 image, y prompt) gives the student's context from y alone, and the teacher's
+from y and x0. How the teacher is shown x0 is `--teacher-context`:
+    vlm         a Qwen3-VL reads the picture and the prompt (encoder.py)
+    reference   the transformer reads the picture's latents as a reference image beside the prompt (FLUX.2)
+For editing, a row has source images too; student and teacher both get their latents as references, the target last.
+VAE and encoders are gone before the transformer is loaded.
+
+Differs from the official code:
+1. It re-encodes images and captions at every step with all encoders on the GPU; here they run once.
+2. A target that serves as reference is the training crop itself, so it is encoded once, as x0.
+"""
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import encoder
+import files
+import vae as autoencoder
+from data import Example, Row, Shape, crop, fit, nearest_shape, open_image, to_tensor
+from model import Context
+from options import Recipe, free, vlm_of
+from sample import PanelRow, pixels_per_patch
+
+CACHE_FORMAT = 2  # part of every cache key: raise it when cropping or encoding changes
+
+
+class Features:
+    """The data set and the panel's contexts of a run. Made in two steps, so that `fingerprint` is known before anything
+    is written."""
+
+    def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, teacher: str, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        """cfg: train.Options; teacher: the kind of its context, "" without a teacher. Raises InputError."""
+        self.cfg, self.folder, self.recipe, self.device, self.dtype = cfg, folder, recipe, device, dtype
+        self.multiple, self.area, self.teacher_kind = pixels_per_patch(folder), cfg.size ** 2, teacher
+        self.shapes = data.bucket_shapes(cfg.size, self.multiple)
+        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if teacher == "vlm" else None
+        self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
+                             files.transformer_class(folder), teacher,
+                             files.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
+                             str(recipe.image_pixels)])
+        placed = [(row, nearest_shape(row.size, self.shapes)) for row in rows]
+        self.keys = [content_key(row, shape, self.area, self.key) for row, shape in placed]
+        self.fingerprint = hashlib.sha256(" ".join(self.keys).encode()).hexdigest()
+        self.rows = rows
+
+    def encode(self, cache: Path) -> None:
+        """Fill the folder `cache` with what is missing there; then everything below is known. Raises InputError."""
+        prompts = self.panel_rows()
+        panel_key = hashlib.sha256(f"{self.key}{prompts}{self.keys[:2]}".encode()).hexdigest()[:40]
+        panel_file = cache / f"panel-{panel_key}.safetensors"
+
+        def load_encoder() -> encoder.Encoder:
+            reader = encoder.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
+                                  self.cfg.teacher_rope)
+            self.encode_panel(reader, prompts, panel_file)              # while it is in memory
+            return reader
+
+        examples = prepare(self.rows, self.shapes, self.multiple, self.area, cache, self.key,
+                           lambda: autoencoder.load(self.folder, self.device), load_encoder, self.teacher_kind,
+                           self.device)
+        self.dataset = data.Dataset(examples, self.cfg.batch_size, self.cfg.seed)
+        if files.read_tensors(panel_file) is None:
+            load_encoder()
+            free()
+        texts = files.read_tensors(panel_file)
+        self.panel = []
+        for i, (prompt, index) in enumerate(prompts):
+            example = None if index is None else examples[index]
+            x0, sources = example.latents() if example else (None, ())
+            text = texts.get(f"teacher.{i}", texts[f"student.{i}"])
+            self.panel.append(PanelRow(
+                prompt, example and example.target(), Context(texts[f"student.{i}"], sources),
+                Context(text, data.teacher_references(self.teacher_kind, sources, x0)),
+                open_image(example.row.sources[0]) if sources else None))
+
+    def panel_rows(self) -> list[tuple[str, int | None]]:
+        """(prompt, image that the teacher is shown): two training pairs, new prompts, one unrelated prompt."""
+        pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
+        new = []
+        if "[V]" in first and not self.rows[0].sources:
+            new = [self.recipe.new_style if "[V] style" in first else self.recipe.new_object]
+        return pairs + [(prompt, 0) for prompt in new + self.cfg.panel_prompt] + [(self.recipe.unrelated, None)]
+
+    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
+        """Texts of the panel's contexts, "student.i" and "teacher.i", into a file."""
+        texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
+        shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
+        if self.teacher_kind:
+            crops = [crop(open_image(row.image), nearest_shape(row.size, self.shapes)) for _, _, row in shown]
+            read = reader.teacher_texts(self.teacher_kind, [prompt for _, prompt, _ in shown], crops,
+                                        [len(row.sources) for _, _, row in shown])
+            texts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, read)}
+        files.write_tensors(path, {name: c.cpu().clone() for name, c in texts.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+def prepare(rows: list[Row], shapes: list[Shape], multiple: int, area: int, cache: Path, key: str, load_vae: Callable,
+            load_encoder: Callable, teacher: str = "vlm", device: torch.device | str = "cpu") -> list[Example]:
+    """Put every row into a bucket and make sure that its features are in the folder `cache`. Raises InputError.
+
+    shapes, multiple, area: `data.bucket_shapes`, and of `data.fit` for source images. key: names all else that the
+    features depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options.
+    load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h, w). load_encoder() -> object with
+    text_context(prompts) and image_text_context(prompts, images) -> list of (L, D). Both are called only if something
+    is missing, one after the other; what they return is freed before the next and before this returns.
+    teacher: kind of its contexts, "" leaves them out (`--method sft`).
+    """
+    placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
+    examples = [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", teacher)
+                for row, shape in placed]
+    warn_enlarged(examples)
+    missing = list({example.file: example for example in examples if not example.is_cached()}.values())
+    if missing:
+        latents = encode_latents(missing, multiple, area, load_vae, device)
+        free()
+        encode_contexts(missing, latents, load_encoder)
+        free()
+    return examples
+
+
+@torch.no_grad()
+def encode_latents(examples: list[Example], multiple: int, area: int, load_vae: Callable, device: torch.device | str
+                   ) -> list[list[Tensor]]:
+    """Latents (C, h, w) float32 on the CPU, of each target and its sources; the VAE lives only in this function."""
+    vae = load_vae()
+
+    def encode(image: Image.Image) -> Tensor:
+        return vae.encode(to_tensor(image).to(device))[0].float().cpu()
+
+    return [[encode(example.target()), *(encode(fit(open_image(path), multiple, area, path))
+                                         for path in example.row.sources)]
+            for example in tqdm(examples, desc="encoding images", disable=None)]
+
+
+@torch.no_grad()
+def encode_contexts(examples: list[Example], latents: list[list[Tensor]], load_encoder: Callable) -> None:
+    """Both contexts of Eq. 4 for every caption, written with the latents; the encoder lives only in this function."""
+    reader = load_encoder()
+    for example, pictures in zip(examples, tqdm(latents, desc="encoding captions", disable=None)):
+        prompts = list(example.row.captions)
+        contexts = list(reader.text_context(prompts))                   # c_s = f_text(y)
+        if example.teacher:
+            contexts += reader.teacher_texts(example.teacher, prompts, [example.target()] * len(prompts),
+                                             [len(example.row.sources)] * len(prompts))  # c_t = f_mm(y, x0)
+        # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
+        copies = [tensor.detach().cpu().clone() for tensor in (*pictures, *contexts)]
+        files.write_tensors(example.file, dict(zip(example.names(), copies, strict=True)))
+
+
+def warn_enlarged(examples: list[Example]) -> None:
+    """One line on stderr if any image has fewer pixels than its training shape."""
+    scales = [max(e.shape[0] / e.row.size[1], e.shape[1] / e.row.size[0]) for e in examples]
+    worst = max(scales)
+    if worst > 1:
+        print(f"warning: {sum(scale > 1 for scale in scales)} of {len(examples)} images are enlarged to their training "
+              f"shape, most of all {examples[scales.index(worst)].row.image} ({worst:.2f}x); "
+              "larger images or a smaller --size look sharper", file=sys.stderr)
+
+
+def content_key(row: Row, shape: Shape, area: int, key: str) -> str:
+    """Name of a row's cache file: a hash of the images' bytes, the captions, the shape, what sources are fitted to, and
+    `key`."""
+    images = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (row.image, *row.sources)]
+    content = json.dumps([CACHE_FORMAT, key, images, shape, area if row.sources else 0, row.captions])
+    return hashlib.sha256(content.encode()).hexdigest()[:40]
