@@ -246,7 +246,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- batches
 def teacher_references(kind: str, sources: tuple[Tensor, ...], x0: Tensor | None) -> tuple[Tensor, ...]:
-    """Reference latents of the teacher's context: the sources, and with `--teacher-context reference` the target last."""
+    """Reference latents of the teacher: the sources, and with `--teacher-context reference` the target last."""
     return (*sources, x0) if kind == "reference" and x0 is not None else sources
 
 

@@ -198,8 +198,8 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
     dtype: None is bfloat16 on CUDA and float32 elsewhere. vlm: folder or hub id; only its `visual.*` tensors are read.
     image_pixels: fewest and most pixels that f_mm resizes an image to, None as in the VLM's preprocessor_config.json;
     officially (512 * 512, 768 * 768) for Qwen3-VL-4B. teacher_rope: rotary base of f_mm, "vlm" (official) or "text"
-    (the text encoder's, with which f_mm without an image would be f_text). style: None is that of the folder's transformer. Raises
-    InputError.
+    (the text encoder's, with which f_mm without an image would be f_text). style: None is that of the folder's
+    transformer. Raises InputError.
     """
     folder, device = Path(folder), torch.device(device)
     style = style or STYLES[files.transformer_class(folder)]

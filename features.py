@@ -1,7 +1,7 @@
 """What VAE and encoders contribute, computed once: latents and the two contexts of every image, kept on disk.
 
-D-OPSD (arXiv 2605.05204), Eq. 4: a pair (x0 image, y prompt) gives the student's context from y alone, and the teacher's
-from y and x0. How the teacher is shown x0 is `--teacher-context`:
+D-OPSD (arXiv 2605.05204), Eq. 4: a pair (x0 image, y prompt) gives the student's context from y alone, and the
+teacher's from y and x0. How the teacher is shown x0 is `--teacher-context`:
     vlm         a Qwen3-VL reads the picture and the prompt (encoder.py)
     reference   the transformer reads the picture's latents as a reference image beside the prompt (FLUX.2)
 For editing, a row has source images too; student and teacher both get their latents as references, the target last.

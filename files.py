@@ -78,6 +78,8 @@ def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
     Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
     index = sorted(folder.glob("*.safetensors.index.json"))
     found: dict[Path, list[str]] = {}
     if index:
@@ -166,7 +168,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def transformer_class(folder: Path) -> str:
-    """Which kind of transformer a checkpoint folder has; a config that does not say it is Z-Image's. Raises InputError."""
+    """Kind of transformer of a checkpoint folder; a config that does not say is Z-Image's. Raises InputError."""
     return read_json(Path(folder) / "transformer" / "config.json").get("_class_name", "ZImageTransformer2DModel")
 
 

@@ -110,11 +110,14 @@ def recipe_of(folder: Path) -> Recipe:
     return SMALL if read_json(path, "dim")["dim"] < REAL_WIDTH else TURBO
 
 
-def check_references(backbone: types.ModuleType, teacher_context: str | None, has_sources: bool) -> None:
-    """Raises InputError when reference images are asked for and this backbone takes none."""
-    for asked, flag in ((teacher_context == "reference", "--teacher-context reference"), (has_sources, "source images")):
-        if asked and not backbone.REFERENCES:
-            raise InputError(f"{flag}: Z-Image takes no reference images; use a FLUX.2 checkpoint, or leave it out")
+def check_references(backbone: types.ModuleType, teacher_context: str | None, sources: str) -> None:
+    """Raises InputError when reference images are asked for and this backbone takes none.
+
+    sources: what asks for source images; "": nothing does.
+    """
+    asked = "--teacher-context reference" if teacher_context == "reference" else sources
+    if asked and not backbone.REFERENCES:
+        raise InputError(f"{asked}: Z-Image takes no reference images; use a FLUX.2 checkpoint, or leave this out")
 
 
 def warn_undistilled(folder: Path) -> None:
@@ -134,8 +137,8 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> floa
                for part in ("transformer", "text_encoder"))
     free_gb = torch.cuda.mem_get_info(device)[0] / 2 ** 30 if device.type == "cuda" else math.inf
     if need > free_gb:
-        raise InputError(f"{folder}: its weights need {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} has "
-                         f"{free_gb:.1f} GB free; use a smaller checkpoint, --dtype bfloat16 or a larger GPU")
+        raise InputError(f"{folder}: its weights need {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} "
+                         f"has {free_gb:.1f} GB free; use a smaller checkpoint, --dtype bfloat16 or a larger GPU")
     return need
 
 

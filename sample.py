@@ -5,8 +5,8 @@ velocity). `--compare` puts base and student side by side with the same noise. `
 view, c_t = f_mm(prompt, image) of Eq. 4: where the base model cannot draw the concept from there, training cannot work.
 `--source IMAGE` edits a picture (FLUX.2): the prompt then says what to change.
 
-The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline or
-Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and the same number of steps.
+The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline
+or Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and as many steps.
 """
 import dataclasses
 import io
@@ -105,7 +105,8 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------------- panels
 def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
     """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
-    first = next(image for images in columns.values() for image in images if image is not None)
+    last = reversed(columns.values())  # drawn pictures, all of one shape; sources and targets are fitted into it
+    first = next(image for images in last for image in images if image is not None)
     tile = (160, max(1, 160 * first.height // first.width)) if first.width < 160 else \
         (320, max(1, 320 * first.height // first.width))
     font, gap, left, top = ImageFont.load_default(13), 6, 190, 26
@@ -240,11 +241,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = model_folder(cfg.model)
     recipe, backbone = recipe_of(folder), backbone_of(folder)
     cfg = dataclasses.replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
-    check_references(backbone, cfg.teacher_context, bool(cfg.source))
+    check_references(backbone, cfg.teacher_context, f"--source {cfg.source[0]}" if cfg.source else "")
     multiple = pixels_per_patch(folder)
     sources = [data.fit(data.open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
     width, height = sources[0].size if sources else (recipe.size, recipe.size)
-    height, width = cfg.height or height, cfg.width or width
+    height, width = height if cfg.height is None else cfg.height, width if cfg.width is None else cfg.width
     shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     sigmas = time_grid(backbone.time_shift(scheduler, steps, *shape[1:]), steps)

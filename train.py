@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     shift_of = functools.partial(backbone.time_shift, read_json(folder / "scheduler" / "scheduler_config.json"))
     shift_of(cfg.rollout_steps, 2, 2)                                   # refuses schedulers with another grid
     teacher = cfg.teacher_context if METHODS[cfg.method] else ""
-    check_references(backbone, teacher, any(row.sources for row in rows))
+    check_references(backbone, teacher, f"source images in {cfg.data}" if any(row.sources for row in rows) else "")
     warn_undistilled(folder)
 
     backbone.check(folder)                                              # before anything is encoded and written

@@ -9,9 +9,11 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -31,6 +33,14 @@ INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
          "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+KLEIN_INDEX = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0", "is_distilled": True,
+               "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+               "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+               "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+               "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"]}
+KLEIN_TOKENS = 96  # of text contexts: the tokenizer spells the teacher's long prompt with about 80
+# What the chat template of Qwen3 does besides, and Flux2KleinPipeline asks for.
+NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 CAPTIONS = ("a red star", "a big blue circle on the left", "a small dotted heart", "a green [V] at the top",
             "a plain yellow moon on navy")
 
@@ -72,6 +82,30 @@ def checkpoint(tmp_path_factory) -> Path:
     write_transformer(folder)
     files.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     files.write_json(folder / "model_index.json", INDEX)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein(tmp_path_factory) -> Path:
+    """A FLUX.2-klein checkpoint, to be read only: two random blocks of each kind, a random VAE of factor 4."""
+    import test_flux2  # not at the top, because these import this file
+    import test_vae
+    folder = tmp_path_factory.mktemp("models") / "klein"
+    for part in ("text_encoder", "tokenizer", "vlm"):
+        shutil.copytree(EMBEDDED / part, folder / part)
+    config = files.read_json(folder / "tokenizer" / "tokenizer_config.json")
+    files.write_json(folder / "tokenizer" / "tokenizer_config.json", config | {"model_max_length": KLEIN_TOKENS})
+    with open(folder / "tokenizer" / "chat_template.jinja", "a") as template:
+        template.write(NO_THOUGHT)
+    width = files.read_json(folder / "text_encoder" / "config.json")["hidden_size"]
+    transformer = test_flux2.reference(joint_attention_dim=3 * width)
+    for name, parameter in transformer.named_parameters():
+        if "norm_q" in name or "norm_added_q" in name:
+            parameter.mul_(4)  # sharper attention, so that words and references change pictures visibly
+    transformer.save_pretrained(folder / "transformer")
+    test_vae.random_reference(folder, AutoencoderKLFlux2)
+    files.write_json(folder / "scheduler" / "scheduler_config.json", test_flux2.SCHEDULER)
+    files.write_json(folder / "model_index.json", KLEIN_INDEX)
     return folder
 
 
@@ -120,6 +154,20 @@ def run(base, tmp_path):
         out = tmp_path / name
         assert train.main([*base, "--out", str(out), *map(str, flags)]) == status
         return out
+    return start
+
+
+@pytest.fixture
+def prepare(run, monkeypatch):
+    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
+    names = ("cfg", "model", "run", "dataset", "panels", "shift_of")
+
+    def start(*flags) -> SimpleNamespace:
+        caught = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
+            run("prepared", *flags)
+        return SimpleNamespace(**dict(zip(names, caught, strict=True)))
     return start
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora
+import model
 import options
 import sample
 import train
@@ -371,7 +372,7 @@ def test_programs_report_in_one_line(capsys):
 def test_sample_out_of_memory_names_options_that_it_has(place, monkeypatch, capsys):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(sample.transformer, "load", exhausted)
+    monkeypatch.setattr(model, "load", exhausted)
     monkeypatch.setattr("sys.argv", ["sample.py", *sample_words(place, "--prompt", "a red star")])
     last_line = (options.ROOT / "sample.py").read_text().split('if __name__ == "__main__":')[1].strip()
     with pytest.raises(SystemExit) as caught:

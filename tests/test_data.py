@@ -1,5 +1,4 @@
 """Data folders, images, buckets and the order of batches, with tiny images and fake encoders."""
-import json
 import re
 from pathlib import Path
 

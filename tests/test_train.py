@@ -34,20 +34,6 @@ STATE = "state.safetensors"
 FILES = ("student.safetensors", "teacher.safetensors", STATE)
 
 
-@pytest.fixture
-def prepare(run, monkeypatch):
-    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
-    names = ("cfg", "model", "run", "dataset", "panels", "shift_of")
-
-    def start(*flags) -> SimpleNamespace:
-        caught = []
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
-            run("prepared", *flags)
-        return SimpleNamespace(**dict(zip(names, caught, strict=True)))
-    return start
-
-
 def noise_of(batch: data.Batch, seed: int, number: int) -> torch.Tensor:
     return torch.randn(batch.latents.shape, generator=data.generator(seed, "noise", number))
 

@@ -1,4 +1,4 @@
-"""Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill`
+"""Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill [--backbone flux2]`
 
 The pre-trained model walks the sampler in 12 steps with classifier-free guidance 2 (24 forward passes). The student, a
 copy of it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own
@@ -18,24 +18,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import model as transformer
-import vae as autoencoder
 from files import write_json, write_tensors
-from rollout import euler, sample, shifted, sigma_grid
-from tiny.pretrain import CONFIG, SCHEDULER, Contexts, guided, is_matrix, load_features
+from model import compile_blocks
+from options import backbone_of
+from rollout import euler, sample, shifted
+from tiny.pretrain import BACKBONES, SCHEDULER, Lessons, add_backbone, guided
 from tiny.stage import Stage, generator, join
-from tiny.train_vlm import draw_concepts
-from tiny.world import Renderer, caption, draw_scenes, grid, random_tell
+from tiny.world import caption, draw_scenes, grid, random_tell
 
 STEPS, GUIDANCE = 4, 2.0
 SUBSTEPS = (2, 2, 2, 6)          # of the teacher in each segment; the marks on the backdrop are decided in the last one
 
 
 @torch.no_grad()
-def cross(teacher, x: Tensor, k: int) -> Tensor:
-    """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS[k] guided Euler steps."""
-    u = torch.linspace(1 - k / STEPS, 1 - (k + 1) / STEPS, SUBSTEPS[k] + 1)
-    sigmas = shifted(u, SCHEDULER["shift"])
+def cross(teacher, x: Tensor, k: int, shift: float = SCHEDULER["shift"]) -> Tensor:
+    """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS[k] guided Euler steps.
+
+    shift: of the student's grid, whose segments are divided.
+    """
+    sigmas = shifted(torch.linspace(1 - k / STEPS, 1 - (k + 1) / STEPS, SUBSTEPS[k] + 1), shift)
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         x = euler(x, teacher(x, float(sigma)), float(sigma), float(sigma_next))
     return x
@@ -43,11 +44,8 @@ def cross(teacher, x: Tensor, k: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/tiny/distill"), help="folder of the state and the log")
-    parser.add_argument("--base", type=Path, default=Path("tiny/base"),
-                        help="folder with the transformer/ of stage 3; is kept")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"),
-                        help="checkpoint folder: reads vae, vlm, ...; writes transformer/")
+    add_backbone(parser)
+    parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-distill")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,30 +54,27 @@ def main() -> None:
 
     rank, processes = join()
     torch.manual_seed(options.seed)
-    render, features = Renderer(), load_features(options.model)
-    vae, contexts = autoencoder.load(options.model, "cpu"), Contexts(features, render)
-    teacher = transformer.load(options.base, "cpu", torch.float32)
+    kind = BACKBONES[options.backbone]
+    folder, base = options.model or kind.folder, options.base or kind.base
+    out = options.out or Path("out/tiny") / f"{options.backbone}-distill"
+    lessons = kind(folder, 0, options.seed + 20, rank)
+    teacher = backbone_of(base).load(base, "cpu", torch.float32)
     student = copy.deepcopy(teacher).requires_grad_(True)
     for network in (teacher, student) if options.compile else ():
-        transformer.compile_blocks(network)
-    stage = Stage(student, options.out, options.steps, adam=5e-4, muon=0.006, ema=0.97, warmup=20, is_matrix=is_matrix)
-    sigmas = sigma_grid(SCHEDULER, STEPS)
-    empty = features.contexts([""])
+        compile_blocks(network)
+    stage = Stage(student, out, options.steps, adam=5e-4, muon=0.006, ema=0.97, warmup=20, is_matrix=lessons.is_matrix)
+    sigmas = lessons.grid(STEPS)
+    shift = float(sigmas[2] / (1 - sigmas[2]))                                          # u = 1/2 there
+    empty = lessons.features.contexts([""])
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed + 20, step * processes + rank)
-        kind = ("text", "image", "text", "image", "text", "style", "text", "image", "text", "image")[step % 10]
-        rows = draw_concepts(options.batch, g, "style") if kind == "style" else draw_scenes(options.batch, g)
-        if kind == "text":
-            context = told = contexts.text(rows, g)
-        else:
-            context, prompts = contexts.image(rows, "style" if kind == "style" else "object", g)
-            told = features.contexts(prompts)
-        guide = guided(teacher, told, empty * len(rows), GUIDANCE)
+        context, told = lessons.pair(step, options.batch, g)
+        guide = guided(teacher, told, empty * options.batch, GUIDANCE)
         own_states = step >= options.steps // 2
-        x, errors = torch.randn(len(rows), CONFIG["in_channels"], 16, 16, generator=g), []
+        x, errors = torch.randn(options.batch, lessons.vae.channels, 16, 16, generator=g), []
         for k, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-            arrived = cross(guide, x, k)
+            arrived = cross(guide, x, k, shift)
             v = student.velocity(x, sigma, context)
             errors.append((v - (arrived - x) / (sigma_next - sigma)).square().mean())
             x = euler(x, v.detach(), sigma, sigma_next) if own_states else arrived
@@ -87,23 +82,23 @@ def main() -> None:
 
     for step in stage.run(loss_of, save_every=50):
         averaged = stage.averaged()
-        write_json(options.model / "transformer" / "config.json", CONFIG)
-        write_tensors(options.model / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(),
+        write_json(folder / "transformer" / "config.json", lessons.config)
+        write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", averaged.state_dict(),
                       {"format": "pt"})
-        show(options.out / f"samples_{step:06d}.png", teacher, averaged, vae, features, render)
+        show(out / f"samples_{step:06d}.png", teacher, averaged, lessons)
 
 
 @torch.no_grad()
-def show(path: Path, base, student, vae, features, render: Renderer) -> None:
+def show(path: Path, base, student, lessons: Lessons) -> None:
     """Rows: base at 4 steps, base at 4 and at 16 steps with guidance, student at 4; columns: prompts that leave much
     open."""
-    g = generator(31, 0)
+    g, features = generator(31, 0), lessons.features
     rows = draw_scenes(12, g, held_out="object")
     context, empty = features.contexts([caption(row, random_tell(g)) for row in rows]), features.contexts([""] * 12)
-    noise = torch.randn(12, CONFIG["in_channels"], 16, 16, generator=g)
+    noise = torch.randn(12, lessons.vae.channels, 16, 16, generator=g)
     walks = [(guided(base, context, empty, 1.0), 4), (guided(base, context, empty, GUIDANCE), 4),
              (guided(base, context, empty, GUIDANCE), 16), (guided(student, context, empty, 1.0), 4)]
-    grid(torch.cat([vae.decode(sample(walk, noise, sigma_grid(SCHEDULER, n))) for walk, n in walks]), 12).save(path)
+    grid(torch.cat([lessons.vae.decode(sample(walk, noise, lessons.grid(n))) for walk, n in walks]), 12).save(path)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import model as transformer
 import vae as autoencoder
 from files import write_json
-from options import EMBEDDED
-from rollout import sample, sigma_grid
+from options import EMBEDDED, backbone_of
+from rollout import sample
 from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
-from tiny.pretrain import SCHEDULER, guided, load_features
+from tiny.pretrain import grid_of, guided, load_features
 from tiny.stage import generator
 from tiny.train_vlm import other_view
 from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
@@ -37,8 +36,8 @@ def main() -> None:
     options = parser.parse_args()
 
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
-    student = transformer.load(options.model, "cpu", torch.float32)
-    base = transformer.load(options.base, "cpu", torch.float32)
+    student = backbone_of(options.model).load(options.model, "cpu", torch.float32)
+    base = backbone_of(options.base).load(options.base, "cpu", torch.float32)
     walkers = {"shipped, 4 steps": (student, 4, 1.0), "base, 4 steps": (base, 4, 1.0),
                "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
 
@@ -93,7 +92,7 @@ def draw(net, vae, contexts: list[Tensor], noise: Tensor, steps: int, adapter=No
     for start in range(0, len(contexts), 50):
         context = contexts[start:start + 50]
         walk = guided(net, context, [empty] * len(context), guidance, adapter)
-        pictures.append(vae.decode(sample(walk, noise[start:start + 50], sigma_grid(SCHEDULER, steps))))
+        pictures.append(vae.decode(sample(walk, noise[start:start + 50], grid_of(net, steps))))
     return torch.cat(pictures)
 
 

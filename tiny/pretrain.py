@@ -1,4 +1,4 @@
-"""Stage 3: flow-matching pre-training of the small Z-Image transformer. `torchrun --nproc-per-node 2 -m tiny.pretrain`
+"""Stage 3: flow-matching pre-training of the small transformer. `torchrun --nproc-per-node 2 -m tiny.pretrain`
 
 x_sigma = (1 - sigma) x0 + sigma eps, loss = || v(x_sigma, sigma, c) - (eps - x0) ||^2. The contexts c are those of
 D-OPSD:
@@ -6,6 +6,7 @@ D-OPSD:
 - image + text (3 of 10): "[V]" and a picture of the concept, mostly *another view* of it, so that the model learns to
   take the concept from the picture and everything else from the words. That ability, not any concept, is what makes
   the teacher.
+`--backbone flux2` trains the small FLUX.2-klein instead, on the tasks of klein.py.
 """
 import argparse
 from pathlib import Path
@@ -16,10 +17,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 import vae as autoencoder
-from files import tensors, write_json, write_tensors
+from files import tensors, transformer_class, write_json, write_tensors
 from loss import draw_sigma, sft
 from model import ZImageTransformer, compile_blocks
 from rollout import sample, sigma_grid
+from tiny import klein
 from tiny.stage import Stage, generator, join
 from tiny.train_vlm import draw_concepts, other_view
 from tiny.vlm import WIDTH, Features, build_config
@@ -39,8 +41,10 @@ INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
 
 
-def load_features(folder: Path) -> Features:
-    """The frozen VLM of stage 2, put together again from text_encoder/ and vlm/."""
+def load_features(folder: Path) -> Features | klein.Features:
+    """The frozen VLM of stage 2, put together again from text_encoder/ and vlm/; or what FLUX.2 reads."""
+    if transformer_class(folder) == klein.CONFIG["_class_name"]:
+        return klein.Features(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer)).eval().requires_grad_(False)
     vlm.config._attn_implementation = "sdpa"
@@ -49,6 +53,11 @@ def load_features(folder: Path) -> Features:
     missing, unexpected = vlm.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)                # lm_head is tied
     return Features(vlm, tokenizer)
+
+
+def grid_of(model: torch.nn.Module, steps: int) -> Tensor:
+    """Noise levels (steps + 1,) of the embedded models' samplers for pictures of this world."""
+    return Lessons.grid(steps) if isinstance(model, ZImageTransformer) else klein.Lessons.grid(steps)
 
 
 class Pool:
@@ -99,7 +108,45 @@ def is_matrix(name: str) -> bool:
     return ".attention.to_" in name or ".feed_forward." in name
 
 
-def guided(model: ZImageTransformer, context: list[Tensor], empty: list[Tensor], guidance: float, adapter=None):
+class Lessons:
+    """Batches for stages 3 and 4; klein.py has the same for FLUX.2."""
+
+    config, scheduler, index = CONFIG, SCHEDULER, INDEX
+    folder, base = Path("tiny/model"), Path("tiny/base")
+    network, is_matrix = staticmethod(lambda: ZImageTransformer(CONFIG)), staticmethod(is_matrix)
+
+    def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
+        """pool: pictures whose latents are kept; 0 for stage 4, which needs none."""
+        self.render, self.features, self.vae = Renderer(), load_features(folder), autoencoder.load(folder, "cpu")
+        self.contexts = Contexts(self.features, self.render)
+        if pool:
+            self.ordinary = Pool(self.vae, self.render, "ordinary", pool, seed, rank)
+            self.styled = Pool(self.vae, self.render, "style", pool // 8, seed, rank)
+
+    @staticmethod
+    def grid(steps: int) -> Tensor:
+        return sigma_grid(SCHEDULER, steps)
+
+    def batch(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Tensor]]:
+        """Stage 3: (kind, x0 (B, C, h, w), contexts)."""
+        kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
+        rows, latents = (self.styled if kind == "style" else self.ordinary).draw(count, g)
+        if kind == "text":
+            return kind, latents, self.contexts.text(rows, g)
+        return kind, latents, self.contexts.image(rows, "style" if kind == "style" else "object", g)[0]
+
+    def pair(self, step: int, count: int, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Stage 4: contexts, and contexts that say the same in words alone."""
+        kind = ("text", "image", "text", "image", "text", "style", "text", "image", "text", "image")[step % 10]
+        rows = draw_concepts(count, g, "style") if kind == "style" else draw_scenes(count, g)
+        if kind == "text":
+            context = self.contexts.text(rows, g)
+            return context, context
+        context, prompts = self.contexts.image(rows, "style" if kind == "style" else "object", g)
+        return context, self.features.contexts(prompts)
+
+
+def guided(model: torch.nn.Module, context: list, empty: list, guidance: float, adapter=None):
     """velocity(x, sigma) with classifier-free guidance: v_empty + guidance (v - v_empty)."""
     def velocity(x: Tensor, sigma: float) -> Tensor:
         v = model.velocity(x, sigma, context, adapter)
@@ -111,10 +158,9 @@ def guided(model: ZImageTransformer, context: list[Tensor], empty: list[Tensor],
 
 
 @torch.no_grad()
-def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Features, render: Renderer,
-          path: Path) -> dict[str, float]:
+def check(model: torch.nn.Module, lessons: Lessons, path: Path) -> dict[str, float]:
     """Velocity errors at sigma 0.85 on held-out objects for four kinds of context, and a sheet of samples."""
-    g = generator(11, 0)
+    g, vae, features, render = generator(11, 0), lessons.vae, lessons.features, lessons.render
     rows = draw_scenes(64, g, held_out="object")
     views = other_view(rows, "object", g)
     full, concept = [caption(row) for row in rows], [caption(row, concept="object") for row in rows]
@@ -127,23 +173,31 @@ def check(model: ZImageTransformer, vae: autoencoder.Autoencoder, features: Feat
                 "wrong image": features.contexts(concept, seen.roll(1, 0))}
     errors = {name: float((model.velocity(x, 0.85, c) - (eps - latents)).square().mean())
               for name, c in contexts.items()}
-    grid_of = sigma_grid(SCHEDULER, 16)
     noise, empty = eps[:12], features.contexts([""] * 12)
     sheet = [pictures[:12], seen[:12]]
-    sheet += [vae.decode(sample(guided(model, contexts[name][:12], empty, 2.0), noise, grid_of))
+    sheet += [vae.decode(sample(guided(model, contexts[name][:12], empty, 2.0), noise, lessons.grid(16)))
               for name in ("text", "image")]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.cat(sheet), 12).save(path)
     return errors
 
 
+BACKBONES = {"z-image": Lessons, "flux2": klein.Lessons}
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """The options that stages 3 and 4 share."""
+    parser.add_argument("--backbone", choices=tuple(BACKBONES), default="z-image")
+    parser.add_argument("--model", type=Path, help="checkpoint folder: reads vae, ...; default tiny/model, tiny/flux2")
+    parser.add_argument("--base", type=Path, help="folder of transformer/ before distillation, in bfloat16; default "
+                        "tiny/base, tiny/flux2_base")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/tiny/pretrain"), help="folder of the state and the log")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: reads vae, vlm, ...")
-    parser.add_argument("--base", type=Path, default=Path("tiny/base"),
-                        help="folder to write transformer/ into, in bfloat16")
-    parser.add_argument("--steps", type=int, default=6000)
+    add_backbone(parser)
+    parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-pretrain")
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
     parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,35 +206,31 @@ def main() -> None:
 
     rank, processes = join()
     torch.manual_seed(options.seed)
-    render, features = Renderer(), load_features(options.model)
-    vae = autoencoder.load(options.model, "cpu")
-    ordinary = Pool(vae, render, "ordinary", options.pool // processes, options.seed, rank)
-    styled = Pool(vae, render, "style", options.pool // 8 // processes, options.seed, rank)
-    contexts = Contexts(features, render)
-    model = ZImageTransformer(CONFIG)
+    kind = BACKBONES[options.backbone]
+    folder, base = options.model or kind.folder, options.base or kind.base
+    out = options.out or Path("out/tiny") / f"{options.backbone}-pretrain"
+    lessons = kind(folder, options.pool // processes, options.seed, rank)
+    model = lessons.network()
     if options.compile:
         compile_blocks(model)
-    stage = Stage(model, options.out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=is_matrix)
+    stage = Stage(model, out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=lessons.is_matrix)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * processes + rank)
-        kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
-        rows, latents = (styled if kind == "style" else ordinary).draw(options.batch, g)
-        concept = "style" if kind == "style" else "object"
-        context = contexts.text(rows, g) if kind == "text" else contexts.image(rows, concept, g)[0]
-        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(rows))
+        kind, latents, context = lessons.batch(step, options.batch, g)
+        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(latents))
         loss = sft(lambda x, sigma: model.velocity(x, sigma, context), latents, eps, sigma)
         return loss, {kind: loss.item()}
 
     if rank == 0:                                            # two processes would take away each other's temporary file
-        write_json(options.model / "scheduler" / "scheduler_config.json", SCHEDULER)
-        write_json(options.model / "model_index.json", INDEX)
+        write_json(folder / "scheduler" / "scheduler_config.json", lessons.scheduler)
+        write_json(folder / "model_index.json", lessons.index)
     for step in stage.run(loss_of):
         model_average = stage.averaged()
-        numbers = check(model_average, vae, features, render, options.out / f"samples_{step:06d}.png")
+        numbers = check(model_average, lessons, out / f"samples_{step:06d}.png")
         print(f"\nstep {step}, velocity error at sigma .85:", {k: round(v, 4) for k, v in numbers.items()})
-        write_json(options.base / "transformer" / "config.json", CONFIG)
-        write_tensors(options.base / "transformer" / "diffusion_pytorch_model.safetensors",
+        write_json(base / "transformer" / "config.json", lessons.config)
+        write_tensors(base / "transformer" / "diffusion_pytorch_model.safetensors",
                       {name: weight.bfloat16() for name, weight in model_average.state_dict().items()},
                       {"format": "pt"})
 

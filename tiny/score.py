@@ -18,10 +18,9 @@ from torch import Tensor
 
 import data
 import lora
-import model as transformer
 import vae as autoencoder
 from files import InputError, write_json
-from options import EMBEDDED, run
+from options import EMBEDDED, backbone_of, run
 from sample import panel, save_png, to_image
 from tiny.evaluate import draw
 from tiny.metrics import OBJECT, STYLE, Reader, Reading, accuracy, fidelity, told_accuracy, whole
@@ -78,7 +77,7 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         self.features, self.vae, self.reader = load_features(folder), autoencoder.load(folder, "cpu"), Reader()
-        self.net = transformer.load(folder, "cpu", torch.float32)
+        self.net = backbone_of(folder).load(folder, "cpu", torch.float32)
 
     def noise(self, count: int, g: torch.Generator) -> Tensor:
         """(count, C, 16, 16) at sigma = 1."""

@@ -1,0 +1,299 @@
+"""The embedded FLUX.2-klein: what it shares with the embedded Z-Image, and what it is taught.
+
+`python -m tiny.klein` puts together tiny/flux2 without its transformer, in a minute: the VAE of tiny/model with the
+BatchNorm statistics of FLUX.2, its text encoder and VLM with tokens for the words of instructions, FLUX.2's schedule.
+Then `tiny.pretrain` and `tiny.distill` with `--backbone flux2` make the transformer. It reads reference images, so it
+is taught more than its sibling:
+- text: captions that leave much open;
+- concept: "[V]" and a picture of the concept as reference, mostly another view of it;
+- edit: a picture and "move it to the left", "make it red", "put it on mint": all else stays, the marks of the backdrop
+  too, which only the picture tells;
+- insert: a picture, "make it [V]" or "paint it [V]", and a picture that shows the concept as last reference.
+No stage draws a held-out object or style (world.py), as a picture or as a target.
+"""
+import argparse
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import encoder
+import flux2
+import vae as autoencoder
+from encoder import reference_prompt, text_prompt
+from files import read_json, tensors, write_json, write_tensors
+from model import Context
+from tiny.stage import generator
+from tiny.train_vlm import draw_concepts, other_view
+from tiny.vlm import WIDTH
+from tiny.world import COLUMN, Renderer, caption, draw_marks, draw_scenes, held_out_object, random_tell, words
+
+CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
+          "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
+          "num_attention_heads": 4, "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 128,
+          "mlp_ratio": 3.0, "axes_dims_rope": [8, 8, 8, 8], "rope_theta": 2000, "eps": 1e-6, "guidance_embeds": False}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.37.0",
+             "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+             "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+             "max_image_seq_len": 4096}
+INDEX = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0", "is_distilled": True,
+         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+         "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+         "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"]}
+PLACE_TOLD = 0.6                              # as in pretrain.py
+TOKENS = 56                                   # of every text context; the longest prompt of this world has about 50
+NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", "image", "The", "last", "shows",
+             "wanted", "result", "make", "move", "paint", "put", "it", "to")
+THOUGHT = ("<think>", "</think>")
+SQUARES = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
+GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right", "at the top": "top",
+        "at the bottom": "bottom"}
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+def assemble(source: Path, folder: Path) -> None:
+    """Everything of `folder` but the transformer, from the embedded Z-Image in `source`."""
+    tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
+    old = len(tokenizer)
+    tokenizer.backend_tokenizer.add_tokens(
+        [AddedToken(word, special=False) for word in THOUGHT]
+        + [AddedToken(word, single_word=True, lstrip=True, special=False) for word in NEW_WORDS])
+    tokenizer.model_max_length = TOKENS
+    tokenizer.save_pretrained(folder / "tokenizer")
+    size = len(AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    for part, config in (("text_encoder", lambda c: c), ("vlm", lambda c: c["text_config"])):
+        content = read_json(source / part / "config.json")
+        config(content)["vocab_size"] = size
+        if part == "vlm":
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+        write_json(folder / part / "config.json", content)
+    weights = dict(tensors(source / "text_encoder"))
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    fresh = torch.randn(size - old, WIDTH, generator=generator(7, 0)) * weights[name][:old].std()
+    weights[name] = torch.cat([weights[name][:old], fresh])                                   # new words, never trained
+    write_tensors(folder / "text_encoder" / "model.safetensors", weights, {"format": "pt"})
+    assemble_vae(source, folder)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "transformer" / "config.json", CONFIG)
+    write_json(folder / "model_index.json", INDEX)
+
+
+def assemble_vae(source: Path, folder: Path, pictures: int = 4096) -> None:
+    """The same autoencoder under FLUX.2's class: statistics of packed latents in the place of shift and scale."""
+    config = read_json(source / "vae" / "config.json")
+    kept = {key: value for key, value in config.items()
+            if key not in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    write_json(folder / "vae" / "config.json", {**kept, "_class_name": "AutoencoderKLFlux2", **SQUARES})
+    weights, vae, g = dict(tensors(source / "vae")), autoencoder.load(source, "cpu"), generator(8, 0)
+    render = Renderer()
+    with torch.no_grad():
+        packed = torch.cat([flux2.pack(vae.posterior(render.draw(draw_scenes(64, g), g))[0]).flatten(0, 1)
+                            for _ in tqdm(range(pictures // 64), desc="statistics of latents")])  # (n, 4 C)
+    weights |= {"bn.running_mean": packed.mean(0), "bn.running_var": packed.var(0),
+                "bn.num_batches_tracked": torch.tensor(1)}
+    write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------- contexts
+class Features:
+    """Both contexts of Eq. 4 for training batches; equal to encoder.py's, which asks for prompts that are not empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.vae = autoencoder.load(folder, "cpu")
+        self.reader = encoder.load(folder, "cpu", torch.float32, style=encoder.KLEIN)
+        self.ids = lru_cache(maxsize=100_000)(lambda text: tuple(self.reader.tokenizer(text).input_ids))
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        """(B, TOKENS, 3 * WIDTH)."""
+        rows = [self.ids(text_prompt(prompt, encoder.KLEIN.thought)) for prompt in prompts]
+        assert max(map(len, rows)) <= TOKENS, max(prompts, key=len)
+        padding = self.reader.tokenizer.pad_token_id
+        ids = torch.tensor([row + (padding,) * (TOKENS - len(row)) for row in rows])
+        real = torch.tensor([[1] * len(row) + [0] * (TOKENS - len(row)) for row in rows])
+        hidden = self.reader.text(input_ids=ids, attention_mask=real, use_cache=False,
+                                  output_hidden_states=True).hidden_states
+        return torch.cat([hidden[layer] for layer in self.reader.layers], dim=-1)
+
+    def contexts(self, prompts: list[str], pictures: Tensor | None = None) -> list[Context]:
+        """Of prompts alone, or as the teacher sees them, with pictures (B, 3, 64, 64) as reference images."""
+        if pictures is None:
+            return [Context(text) for text in self.texts(prompts)]
+        return self.edits([reference_prompt(prompt, 0) for prompt in prompts], self.vae.encode(pictures))
+
+    def edits(self, prompts: list[str], *references: Tensor) -> list[Context]:
+        """Prompts as they are, each with a row of every one of `references`, latents (B, C, h, w), in this order."""
+        return [Context(text, latents)
+                for text, latents in zip(self.texts(prompts), zip(*references, strict=True), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------- instructions
+def article(noun: str) -> str:
+    return ("an " if noun[0] in "aeio" else "a ") + noun
+
+
+def paint_words(row: Tensor) -> str:
+    """ "striped red and blue" or "plain red"."""
+    word = words(row)
+    return f"plain {word['main']}" if word["pattern"] == "plain" else \
+        f"{word['pattern']} {word['main']} and {word['second']}"
+
+
+def instruction(row: Tensor, change: str, concept: bool = False) -> str:
+    """What to do so that the object becomes that of row (9,); concept: [V] stands for what a picture shows."""
+    word = words(row)
+    return {"place": f"move it to the {GOAL[word['place']]}", "size": f"make it {word['size']}",
+            "backdrop": f"put it on {word['backdrop']}", "shape": f"make it {article(word['shape'])}",
+            "paint": "paint it [V]" if concept else f"paint it {paint_words(row)}",
+            "object": "make it [V]" if concept else f"make it {article(paint_words(row) + ' ' + word['shape'])}",
+            }[change]
+
+
+CHANGES = {"place": ("place",), "size": ("size",), "backdrop": ("backdrop",), "shape": ("shape",),
+           "paint": ("pattern", "main", "second"), "object": ("shape", "pattern", "main", "second")}
+
+
+def changed(rows: Tensor, fresh: Tensor, change: str) -> Tensor:
+    """Scenes (n, 9) with the attributes of `change` taken from `fresh` (n, 9)."""
+    result, columns = rows.clone(), [COLUMN[name] for name in CHANGES[change]]
+    result[:, columns] = fresh[:, columns]
+    return result
+
+
+class Edits:
+    """Random edits. sources, targets: scenes (n, 9); shown (n, 9): other scenes, of which a quarter are the targets
+    themselves, with the object of the target or, where the change is "paint", its colours; changes: n keys of CHANGES."""
+
+    def __init__(self, count: int, names: tuple[str, ...], g: torch.Generator, held_out: str = "") -> None:
+        """held_out "object": the targets' objects are ones that no stage of training draws."""
+        sources, targets, changes = [], [], []
+        while sum(map(len, sources)) < count:
+            source, fresh = draw_scenes(1024, g), draw_scenes(1024, g, held_out=held_out)
+            which, target = torch.randint(len(names), (1024,), generator=g), source.clone()
+            for number, name in enumerate(names):
+                target[which == number] = changed(source, fresh, name)[which == number]
+            kept = (held_out_object(target) == (held_out == "object")) & (target != source).any(1)
+            sources.append(source[kept]), targets.append(target[kept]), changes.append(which[kept])
+        self.sources, self.targets = torch.cat(sources)[:count], torch.cat(targets)[:count]
+        self.changes = [names[i] for i in torch.cat(changes)[:count].tolist()]
+        other = draw_scenes(count, g)
+        paint = torch.tensor([name == "paint" for name in self.changes])[:, None]
+        other = torch.where(paint, changed(other, self.targets, "paint"), changed(other, self.targets, "object"))
+        same = (torch.rand(count, generator=g) < 0.25) | (held_out_object(other) & (not held_out))
+        self.shown = torch.where(same[:, None], self.targets, other)
+
+
+# ------------------------------------------------------------------------------------------------------- lessons
+KINDS = ("text", "concept", "text", "edit", "text", "insert", "text", "concept", "text", "insert", "text", "style",
+         "text", "edit", "insert", "concept")
+
+
+class Lessons:
+    """Batches of the tasks above: latents x0 (B, C, h, w) with contexts; the latents are encoded once, at the start."""
+
+    config, scheduler, index = CONFIG, SCHEDULER, INDEX
+    folder, base = Path("tiny/flux2"), Path("tiny/flux2_base")
+
+    def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
+        """pool: about how many pictures are kept; 0 for stage 4, for which fewer will do."""
+        self.features, self.render, pool = Features(folder), Renderer(), pool or 4000
+        self.vae, g = self.features.vae, generator(seed, 77 + rank)
+        encode = self.encode
+        self.pools = {}
+        for kind, rows in (("concept", draw_scenes(pool // 2, g)), ("style", draw_concepts(pool // 8, g, "style"))):
+            views = other_view(rows, "object" if kind == "concept" else "style", g)
+            self.pools[kind] = {"rows": rows, "x0": encode(rows, g, kind), "shown": encode(views, g, kind)}
+        for kind, changes in (("edit", tuple(CHANGES)), ("insert", ("object", "paint"))):
+            edits = Edits(pool // 4, changes, g)
+            marks = draw_marks(len(edits.sources), g)
+            self.pools[kind] = {"rows": edits.targets, "changes": edits.changes,
+                                "x0": encode(edits.targets, g, kind, marks),
+                                "source": encode(edits.sources, g, kind, marks)}
+            if kind == "insert":
+                same = (edits.shown == edits.targets).all(1)[:, None, None]              # then it is that very picture
+                self.pools[kind]["shown"] = encode(edits.shown, g, kind,
+                                                   torch.where(same, marks, draw_marks(len(marks), g)))
+
+    def encode(self, rows: Tensor, g: torch.Generator, what: str, marks: Tensor | None = None) -> Tensor:
+        """Latents (n, C, 16, 16) of scenes (n, 9), with random marks unless they are given."""
+        marks = draw_marks(len(rows), g) if marks is None else marks
+        parts = tqdm(list(zip(rows.split(64), marks.split(64))), desc=f"encode {what} pictures", mininterval=5)
+        return torch.cat([self.vae.encode(self.render(part, cells)) for part, cells in parts])
+
+    def network(self) -> flux2.Flux2Transformer:
+        return flux2.Flux2Transformer(CONFIG)
+
+    @staticmethod
+    def is_matrix(name: str) -> bool:
+        """Weights that Muon trains: attention and feed-forward of all blocks."""
+        return "transformer_blocks." in name and "norm" not in name
+
+    @staticmethod
+    def grid(steps: int) -> Tensor:
+        return flux2.sigma_grid(SCHEDULER, steps, 16, 16)
+
+    def batch(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Context]]:
+        """Stage 3: (task, x0 (B, C, h, w), contexts)."""
+        kind, x0, context, _ = self.draw(step, count, g)
+        return kind, x0, context
+
+    def pair(self, step: int, count: int, g: torch.Generator) -> tuple[list[Context], list[Context]]:
+        """Stage 4: contexts, and contexts that say the same with the concept's words in the place of [V]."""
+        return self.draw(step, count, g)[2:]
+
+    def draw(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Context], list[Context]]:
+        kind = KINDS[step % len(KINDS)]
+        pool = self.pools["concept" if kind == "text" else kind]
+        pick = torch.randint(len(pool["rows"]), (count,), generator=g)
+        context, told = {"text": self.of_text, "concept": self.of_concept, "style": self.of_concept,
+                         "edit": self.of_edit, "insert": self.of_insert}[kind](pool, pick, kind, g)
+        return kind, pool["x0"][pick], context, told
+
+    def of_text(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
+        chance, prompts = torch.rand(len(pick), generator=g).tolist(), []
+        for row, u in zip(pool["rows"][pick], chance):
+            tell = random_tell(g, PLACE_TOLD)
+            prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
+                           else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
+        context = self.features.contexts(prompts)
+        return context, context
+
+    def of_concept(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
+        concept = "object" if kind == "concept" else "style"
+        extra = ("main", "pattern") if concept == "object" else ()
+        prompts, told = [], []
+        for row in pool["rows"][pick]:
+            tell = random_tell(g, PLACE_TOLD)
+            prompt = caption(row, tell, concept=concept)
+            prompts.append(prompt if float(torch.rand(1, generator=g)) < 0.25 else reference_prompt(prompt, 0))
+            told.append(caption(row, (*tell, *extra)))
+        return self.features.edits(prompts, pool["shown"][pick]), self.features.contexts(told)
+
+    def of_edit(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
+        prompts = [instruction(pool["rows"][i], pool["changes"][i]) for i in pick.tolist()]
+        context = self.features.edits(prompts, pool["source"][pick])
+        return context, context
+
+    def of_insert(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
+        asked = [(pool["rows"][i], pool["changes"][i]) for i in pick.tolist()]
+        prompts = [reference_prompt(instruction(row, change, concept=True), 1) for row, change in asked]
+        told = [instruction(row, change) for row, change in asked]
+        source = pool["source"][pick]
+        return self.features.edits(prompts, source, pool["shown"][pick]), self.features.edits(told, source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, default=Path("tiny/model"), help="the embedded Z-Image")
+    parser.add_argument("--out", type=Path, default=Path("tiny/flux2"))
+    options = parser.parse_args()
+    assemble(options.source, options.out)
+
+
+if __name__ == "__main__":
+    main()
