@@ -24,7 +24,7 @@ from test_sample import difference, pixels, tiles
 
 SIZES = [(32, 32), (24, 48)]                                                        # height, width
 SOURCES = {"square": (64, 64), "wide": (104, 70), "tall": (64, 93)}                 # width, height
-LAYERS = (1, 2, 3)                                                                  # a quarter, half, three quarters of 4
+LAYERS = (1, 2, 3)                                                                  # of the text encoder's four
 PROMPT = "a big striped yellow and blue circle on the left"
 
 
@@ -226,7 +226,7 @@ def tiny_source(place: Place) -> None:
 
 
 EDITS = {  # case: damage, words of the message
-    "source missing": (lambda p: edits(p, "none.png"), ("ROOT/data/metadata.jsonl, line 2", "none.png", "no such file")),
+    "source missing": (lambda p: edits(p, "none.png"), ("metadata.jsonl, line 2", "ROOT/data/none.png", "no such file")),
     "second source missing": (lambda p: edits(p, ["0.png", "none.png"]), ("line 2", "none.png", "no such file")),
     "source cut": (cut_source, ("ROOT/data/s.png", "not a complete image", "replace")),
     "source of another kind": (lambda p: edits(p, 7), ("line 2", "'source'", "path")),
@@ -263,7 +263,8 @@ def test_checkpoints_of_another_kind(place, damage, expected):
     (("--height", 36), ("--height 36", "multiple of 8", "try 32")), (("--width", 0), ("--width 0", "multiple of 8")),
     (("--source", "ROOT/none.png"), ("ROOT/none.png", "no such file")),
     (("--source", "ROOT/data/0.png", "--source", "ROOT/data/0.txt"), ("ROOT/data/0.txt", "not an image")),
-    (("--reference", "ROOT/data/0.png", "--teacher-context", "vlm", "--vlm", "ROOT/nowhere"), ("ROOT/nowhere", "no such")),
+    (("--reference", "ROOT/data/0.png", "--teacher-context", "vlm", "--vlm", "ROOT/nowhere"),
+     ("ROOT/nowhere", "no such folder")),
 ])
 def test_values_of_sample(place, flags, expected):
     refused(place, sample.main, sample_words(place, "--prompt", "a red star", *flags), expected)
@@ -299,7 +300,7 @@ def test_lora_of_the_other_backbone(place, adapter_file, checkpoint):
 def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
     """Before anything is written, and from the larger of the two networks that are in memory one after the other."""
     check, cuda = options.check_memory, torch.device("cuda")
-    count = max(sum(p.numel() for p in network.parameters()) for network in (pipeline.transformer, pipeline.text_encoder))
+    count = max(net.num_parameters() for net in (pipeline.transformer, pipeline.text_encoder))
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width, 2 ** 40))
         assert check(klein, cuda, dtype) == pytest.approx(count * width / 2 ** 30)

@@ -26,7 +26,8 @@ from test_train import noise_of, with_adapter
 
 LAYERS = (1, 2, 3)
 # For editing: size of each target, sizes of its sources. 48 x 40 pixels are more than the training pictures' 32 * 32.
-EDITS = [((40, 40), [(64, 16)]), ((40, 40), [(24, 40), (32, 32)]), ((40, 40), [(48, 40)]), ((40, 40), [(16, 8), (9, 9)])]
+EDITS = [((40, 40), [(64, 16)]), ((40, 40), [(24, 40), (32, 32)]), ((40, 40), [(48, 40)]),
+         ((40, 40), [(16, 8), (9, 9)])]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def equation_7(student, teacher, contexts, x, steps: int, kind: str) -> torch.Te
 
 # ---------------------------------------------------------------------------------------------------- numbers
 @pytest.mark.parametrize("name, context, kind, steps", [
-    ("photos", "reference", "v", 4), ("photos", "vlm", "x0", 2), ("edits", "reference", "x0", 3), ("edits", "vlm", "v", 1)])
+    ("photos", "reference", "v", 4), ("photos", "vlm", "x0", 2), ("edits", "reference", "x0", 3),
+    ("edits", "vlm", "v", 1)])
 def test_first_loss_is_that_of_diffusers(run, prepare, pipeline, klein, request, name, context, kind, steps):
     """Two batches of two: with `edits`, one of rows with one source and one of rows with two."""
     folder = request.getfixturevalue(name)
@@ -141,8 +143,7 @@ def test_gradient_reaches_every_block(prepare, pipeline, klein, edits, context):
     parts = prepare("--data", edits, "--teacher-context", context, "--checkpointing")
     student, teacher = fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
     batch = parts.dataset.batch(0)
-    sigmas = torch.tensor(grid(2))
-    value = train.dopsd_step(parts.cfg, train.Sides(parts.run, parts.model, batch), sigmas,
+    value = train.dopsd_step(parts.cfg, train.Sides(parts.run, parts.model, batch), torch.tensor(grid(2)),
                              data.generator(0, "noise", 0))
     _, *contexts = Theirs(pipeline, klein, edits).contexts(batch, context)
     parts.model.checkpointing = False
@@ -151,7 +152,7 @@ def test_gradient_reaches_every_block(prepare, pipeline, klein, edits, context):
     assert value == pytest.approx(whole.item(), rel=1e-4)
     assert {name.rsplit(".attn", 1)[0].rsplit(".ff", 1)[0] for name in student.weights} == set(parts.model.blocks())
     for (name, tensor), gradient in zip(student.tensors().items(), torch.autograd.grad(whole, student.parameters())):
-        assert gradient.abs().max() > 1e-4 and torch.allclose(tensor.grad, gradient, rtol=1e-3, atol=1e-5), name
+        assert gradient.norm() > 1e-5 and (tensor.grad - gradient).norm() < 1e-3 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("name", ["photos", "edits"])
@@ -227,8 +228,8 @@ def test_summary_and_recipe(run, edits, capsys):
 # ---------------------------------------------------------------------------------------------------- panels
 @pytest.mark.parametrize("context", ["reference", "vlm"])
 def test_panel_cells_are_what_sample_draws(run, klein, edits, tmp_path, context):
-    out = run("real", "--data", edits, "--steps", 3, "--sample-every", 3, "--seed", 6, "--panel-prompt", "paint it green",
-              "--teacher-context", context)
+    out = run("real", "--data", edits, "--steps", 3, "--sample-every", 3, "--seed", 6, "--teacher-context", context,
+              "--panel-prompt", "paint it green")
     first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 5, 4, (32, 32)) for n in (0, 3))
     prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", options.SMALL_KLEIN.unrelated]
 

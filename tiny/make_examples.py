@@ -3,13 +3,16 @@
 Both concepts are held out of all training stages.
 examples/star: one object, a star striped in orange and blue, four times (captions "a big [V] on the left on mint").
 examples/chalk: one style, chalk outline on a checked backdrop, on four different objects ("... in [V] style").
+examples/paint: an edit, for FLUX.2: four objects before and after they are painted dotted in green and pink ("paint it
+[V]"); all else stays.
 """
+import json
 from pathlib import Path
 
 import torch
 
 from tiny.stage import generator
-from tiny.world import Renderer, caption, held_out_object, held_out_style, scene, to_pil
+from tiny.world import Renderer, caption, draw_marks, held_out_object, held_out_style, scene, to_pil
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),
@@ -26,6 +29,16 @@ CHALKS = [dict(CHALK, shape="heart", pattern="plain", main="red", second="red", 
           dict(CHALK, shape="square", pattern="striped", main="orange", second="pink", size="small",
                place="on the left", backdrop="sky")]
 
+PAINT = dict(pattern="dotted", main="green", second="pink")
+PAINTED = [dict(shape="circle", pattern="plain", main="blue", second="blue", size="big", place="in the middle",
+                backdrop="sand"),
+           dict(shape="heart", pattern="striped", main="red", second="white", size="small", place="on the left",
+                backdrop="navy"),
+           dict(shape="square", pattern="plain", main="yellow", second="yellow", size="small", place="on the right",
+                backdrop="mint"),
+           dict(shape="diamond", pattern="cored", main="purple", second="orange", size="big", place="at the bottom",
+                backdrop="sky")]
+
 
 def write(folder: Path, scenes: list[dict], concept: str) -> None:
     """Four pictures with captions of the same name."""
@@ -38,6 +51,21 @@ def write(folder: Path, scenes: list[dict], concept: str) -> None:
         (folder / f"{number}.txt").write_text(caption(row, concept=concept) + "\n")
 
 
+def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> None:
+    """Pictures before and after a change, with the same marks on the backdrop, and a metadata.jsonl."""
+    render, marks = Renderer(), draw_marks(len(scenes), generator(2605, 0))
+    before, after = (render(torch.stack([scene(**{**words, **changed}) for words in scenes]), marks)
+                     for changed in ({}, change))
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (source, target) in enumerate(zip(before, after), 1):
+        to_pil(source).save(folder / f"{number}_before.png")
+        to_pil(target).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": prompt, "source": f"{number}_before.png"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
     write(Path("examples/star"), STARS, "object")
     write(Path("examples/chalk"), CHALKS, "style")
+    write_edits(Path("examples/paint"), PAINTED, PAINT, "paint it [V]")

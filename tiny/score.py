@@ -89,6 +89,17 @@ class Judge:
         return draw(self.net, self.vae, contexts, noise, steps, adapter)
 
 
+def adapters(entries: list[str], net: torch.nn.Module) -> dict[str, lora.Adapter]:
+    """What `--lora NAME=FILE ...` asks for. Raises InputError."""
+    found = {}
+    for entry in entries:
+        name, _, file = entry.rpartition("=")
+        if not name:
+            raise InputError(f"--lora {entry}: no name; write NAME=FILE")
+        found[name] = lora.load(Path(file), net)
+    return found
+
+
 def of_concept(reading: Reading, prompts: Prompts) -> dict[str, float]:
     """How far pictures of prompts with [V] show the concept, and what else the prompts say."""
     return {"concept": fidelity(reading.rows, prompts.rows, prompts.kind),
@@ -124,13 +135,8 @@ def main() -> None:
     shown = pictures[torch.arange(len(new.rows)) % len(pictures)]
     said, usual = judge.features.contexts(new.captions), judge.features.contexts(ordinary.captions)
 
-    columns = {"base": (None, said)}
-    for entry in options.lora:
-        name, _, file = entry.rpartition("=")
-        if not name:
-            raise InputError(f"--lora {entry}: no name; write NAME=FILE")
-        columns[name] = (lora.load(Path(file), judge.net), said)
-    columns["teacher's view"] = (None, judge.features.contexts(new.captions, shown))
+    columns = {"base": (None, said), **{name: (a, said) for name, a in adapters(options.lora, judge.net).items()},
+               "teacher's view": (None, judge.features.contexts(new.captions, shown))}
     scores, images = {}, {}
     for name, (adapter, context) in columns.items():
         drawn = judge.draw(context, noise_new, adapter)

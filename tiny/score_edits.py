@@ -1,0 +1,95 @@
+"""Scores adapters on edits: `python -m tiny.score_edits --data examples/paint --lora NAME=FILE`
+
+For the base, the teacher's view and every adapter, at the model's own four steps and without any learned judge:
+- concept: the edit of the data, "paint it [V]", on new pictures: how many of the attributes that it changes are right,
+  how many of the others stay, and how many of the backdrop's marks, which only the source picture tells;
+- ordinary: edits without [V], such as "move it to the left", measured alike.
+Writes panel.png (columns: source, base, the adapters, the teacher's view) and scores.json.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+from encoder import reference_prompt
+from files import InputError, write_json
+from options import run
+from sample import panel, save_png, to_image
+from tiny.klein import CHANGES, Edits, Lessons, changed, instruction
+from tiny.metrics import Reading
+from tiny.score import Judge, adapters
+from tiny.stage import generator
+from tiny.world import ATTRIBUTES, COLUMN, SIDE, draw_marks, draw_scenes
+
+
+def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str]) -> dict[str, float]:
+    """Shares of right attributes among those that change and among those that do not, and of kept marks.
+
+    targets (n, 9): scenes after the edits; marks (n, 8, 8) of the sources; changes: n keys of CHANGES.
+    """
+    asked = torch.tensor([[name in CHANGES[change] for name in ATTRIBUTES] for change in changes])
+    right = (reading.rows == targets).float()
+    texture = reading.rows[:, COLUMN["texture"]] == targets[:, COLUMN["texture"]]        # else marks mean nothing
+    kept = ((reading.marks == marks).float().mean((1, 2)) * texture).mean()
+    return {"changed": float((right * asked).sum() / asked.sum()), "kept": float((right * ~asked).sum() / (~asked).sum()),
+            "marks": float(kept), "distance": float(reading.distance.mean())}
+
+
+def edit_of(folder: str, judge: Judge) -> tuple[str, Tensor, Tensor]:
+    """The instruction of a data folder with sources, the scene (9,) after its first edit, all targets (n, 3, 64, 64)."""
+    rows = data.read_folder(folder)
+    if not all(row.sources for row in rows):
+        raise InputError(f"{folder}: no data for editing; give a folder whose rows have a source, or use tiny.score")
+    pictures = torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
+    return rows[0].captions[0], judge.reader(pictures).rows[0], pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Lessons.folder)
+    parser.add_argument("--data", required=True, help="folder that the adapters were trained on")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE", help="adapter to score; repeatable")
+    parser.add_argument("--out", type=Path, default=Path("out/score_edits"))
+    parser.add_argument("--prompts", type=int, default=80, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    judge, g = Judge(options.model), generator(options.seed + 60, 0)
+    prompt, concept, pictures = edit_of(options.data, judge)
+    sources = draw_scenes(options.prompts, g)
+    targets = changed(sources, concept.expand_as(sources), "paint")
+    ordinary = Edits(options.prompts, ("place", "size", "backdrop", "shape", "paint"), g, held_out="object")
+    marks, marks_ordinary = draw_marks(options.prompts, g), draw_marks(options.prompts, g)
+    before, before_ordinary = (judge.reader.render(rows, cells)
+                               for rows, cells in ((sources, marks), (ordinary.sources, marks_ordinary)))
+    z, z_ordinary, z_shown = (judge.vae.encode(part) for part in (before, before_ordinary, pictures))
+    shown = z_shown[torch.arange(options.prompts) % len(pictures)]
+    edits, noise = judge.features.edits, judge.noise(options.prompts, g)
+    said = edits([prompt] * options.prompts, z)
+    usual = edits([instruction(row, change) for row, change in zip(ordinary.targets, ordinary.changes)], z_ordinary)
+    seen = edits([reference_prompt(prompt, 1)] * options.prompts, z, shown)
+
+    columns = {"base": (None, said), **{name: (a, said) for name, a in adapters(options.lora, judge.net).items()},
+               "teacher's view": (None, seen)}
+    scores, images = {}, {"source": [to_image(p) for p in (*before[:4], *before_ordinary[:3])]}
+    for name, (adapter, context) in columns.items():
+        drawn = judge.draw(context, noise, adapter)
+        scores[name] = {f"concept, {key}": value for key, value in
+                        of_edits(judge.reader(drawn), targets, marks, ["paint"] * len(targets)).items()}
+        images[name] = [to_image(p) for p in drawn[:4]]
+        if name != "teacher's view":
+            drawn = judge.draw(usual, noise, adapter)
+            scores[name] |= {f"ordinary, {key}": value for key, value in of_edits(
+                judge.reader(drawn), ordinary.targets, marks_ordinary, ordinary.changes).items()}
+        images[name] += [to_image(p) for p in drawn[:3]] if name != "teacher's view" else [None] * 3
+        print(f"{name:16s}", "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
+    rows = [prompt] * 4 + [instruction(row, change) for row, change in zip(ordinary.targets[:3], ordinary.changes)]
+    save_png(panel(images, rows), options.out / "panel.png",
+             {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
+    write_json(options.out / "scores.json", scores)
+
+
+if __name__ == "__main__":
+    run(main)
