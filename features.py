@@ -112,8 +112,8 @@ def prepare(rows: list[Row], shapes: list[Shape], multiple: int, area: int, cach
     shapes, multiple, area: `data.bucket_shapes`, and of `data.fit` for source images. key: names all else that the
     features depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options.
     load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h, w). load_encoder() -> object with
-    text_context(prompts) and image_text_context(prompts, images) -> list of (L, D). Both are called only if something
-    is missing, one after the other; what they return is freed before the next and before this returns.
+    text_context(prompts) and teacher_texts(kind, prompts, targets, sources) -> list of (L, D). Both are called only if
+    something is missing, one after the other; what they return is freed before the next and before this returns.
     teacher: kind of its contexts, "" leaves them out (`--method sft`).
     """
     placed = [(row, nearest_shape(row.size, shapes)) for row in rows]

@@ -47,8 +47,7 @@ class Context:
         return Context(self.text.to(device), tuple(latents.to(device) for latents in self.references))
 
 
-# What training and sampling must know of a backbone before its weights are loaded; flux2.py has the same three.
-def patch_size(config: dict) -> int:
+def patch_size(config: dict) -> int:  # this and the next two, which flux2.py has as well, need no weights
     """Sides of the latents are multiples of this; config: content of transformer/config.json."""
     return config["all_patch_size"][0]
 
@@ -379,13 +378,11 @@ def check(folder: Path, network: type[nn.Module] = ZImageTransformer, keys: tupl
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS
-         ) -> nn.Module:
+         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> nn.Module:
     """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
-    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block. network: its
-    class (flux2.py has another one), keys: what its config must have.
-    Raises InputError when config or weights are missing or do not belong together.
+    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block. network, keys:
+    its class and what its config must have. Raises InputError when files are missing or do not belong together.
     """
     folder = Path(folder) / "transformer"
     model = _skeleton(folder, network, keys)

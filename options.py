@@ -90,7 +90,7 @@ def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
 def backbone_of(folder: Path) -> types.ModuleType:
     """model.py or flux2.py, by the class of the checkpoint's transformer. Raises InputError.
 
-    Both have CLASS, REFERENCES, check, load, patch_size, time_shift and draw_noise; all else is one code.
+    Both have CLASS, KEYS, REFERENCES, check, load, patch_size, time_shift and draw_noise; all else is one code.
     """
     name = transformer_class(folder)
     for backbone in (model, flux2):

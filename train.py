@@ -1,10 +1,11 @@
 """D-OPSD: teach a step-distilled diffusion model a new concept from a few images, and keep its few steps.
 
     python train.py --data examples/star                               # the embedded model, on a laptop
-    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo        # the real one, on a CUDA GPU
+    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo        # a real one, on a CUDA GPU
+    python train.py --data DIR --model black-forest-labs/FLUX.2-klein-4B
 
 arXiv 2605.05204, Section 3. For every batch the student walks the few-step sampler from pure noise (rollout.py, Eq. 3).
-At each state it visits, the EMA teacher, shown the target image (encoder.py, Eq. 4), says which velocity it would take
+At each state it visits, the EMA teacher, shown the target image (features.py, Eq. 4), says which velocity it would take
 (Eq. 6), and the student learns that velocity (loss.py, Eq. 7). Then one optimizer step and one EMA step (lora.py).
 `dopsd_step` below is the method; the rest of this file is set-up, logging, saving and resuming.
 

@@ -292,7 +292,7 @@ def test_hub_unreachable(place, monkeypatch, main, words, flag, name):
 
 
 @pytest.mark.parametrize("main, words", [
-    (train.main, ["--steps", "three"]), (train.main, ["--lr", "fast"]), (train.main, ["--loss", "kl"]),
+    (train.main, ["--steps", "three"]), (train.main, ["--lr", "fast"]), (train.main, ["--loss", "huber"]),
     (train.main, ["--method", "magic"]), (train.main, ["--dtype", "int8"]), (train.main, ["--no-such-option"]),
     (sample.main, ["--seed", "x"]), (sample.main, ["--height", "1.5"]), (sample.main, ["--teacher-rope", "both"])],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value.__module__)

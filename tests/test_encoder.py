@@ -78,6 +78,8 @@ def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = train_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text('{"_class_name": "ZImageTransformer2DModel"}')
     size = len(tokenizer)
     text = Qwen3ForCausalLM(Qwen3Config(**language_config(size, tie_word_embeddings=True),
                                         rope_parameters={"rope_type": "default", "rope_theta": 1e3})).eval()

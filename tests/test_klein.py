@@ -226,7 +226,8 @@ def tiny_source(place: Place) -> None:
 
 
 EDITS = {  # case: damage, words of the message
-    "source missing": (lambda p: edits(p, "none.png"), ("metadata.jsonl, line 2", "ROOT/data/none.png", "no such file")),
+    "source missing": (lambda p: edits(p, "none.png"),
+                       ("ROOT/data/metadata.jsonl, line 2", "ROOT/data/none.png", "no such file")),
     "second source missing": (lambda p: edits(p, ["0.png", "none.png"]), ("line 2", "none.png", "no such file")),
     "source cut": (cut_source, ("ROOT/data/s.png", "not a complete image", "replace")),
     "source of another kind": (lambda p: edits(p, 7), ("line 2", "'source'", "path")),

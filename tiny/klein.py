@@ -50,6 +50,8 @@ TOKENS = 56                                   # of every text context; the longe
 NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", "image", "The", "last", "shows",
              "wanted", "result", "make", "move", "paint", "put", "it", "to")
 THOUGHT = ("<think>", "</think>")
+# What Qwen3's chat template does, too, and Flux2KleinPipeline asks for.
+NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 SQUARES = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
 GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right", "at the top": "top",
         "at the bottom": "bottom"}
@@ -64,6 +66,7 @@ def assemble(source: Path, folder: Path) -> None:
         [AddedToken(word, special=False) for word in THOUGHT]
         + [AddedToken(word, single_word=True, lstrip=True, special=False) for word in NEW_WORDS])
     tokenizer.model_max_length = TOKENS
+    tokenizer.chat_template += NO_THOUGHT
     tokenizer.save_pretrained(folder / "tokenizer")
     size = len(AutoTokenizer.from_pretrained(folder / "tokenizer"))
     for part, config in (("text_encoder", lambda c: c), ("vlm", lambda c: c["text_config"])):
