@@ -26,6 +26,7 @@ from model import Context
 
 Shape = tuple[int, int]  # (height, width) in pixels
 
+SQUARE = (1, 1)  # the size of rows without an image
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "png, jpg, jpeg, webp, bmp"
 OFFICIAL_CAPTIONS = tuple(f"{kind}_{language}" for kind in ("short", "medium", "detailed", "user_prompt")
@@ -38,10 +39,10 @@ PAPER_SHAPES = ((1024, 1024), (896, 1152), (1152, 896), (864, 1152), (1152, 864)
 
 @dataclass(frozen=True)
 class Row:
-    """One training image as the user gave it."""
-    image: Path
+    """One training image as the user gave it; or captions alone, where a teacher's adapter says what to draw."""
+    image: Path | None
     captions: tuple[str, ...]   # one of them is drawn per step
-    size: tuple[int, int]       # (width, height) in pixels, upright
+    size: tuple[int, int]       # (width, height) in pixels, upright; (1, 1), a square, without an image
     sources: tuple[Path, ...] = ()  # for editing: the pictures that the caption says how to change into the image
 
 
@@ -52,16 +53,17 @@ def generator(seed: int, *where: int | str) -> torch.Generator:
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-def read_folder(data: Path | str) -> list[Row]:
+def read_folder(data: Path | str, captions_suffice: bool = False) -> list[Row]:
     """The rows of `--data`, every image opened and decoded once. Raises InputError; nothing is skipped silently.
 
     data: a folder with (a) images and same-stem .txt captions, or (b) a metadata.jsonl with file_name and text, or (c)
     a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched.
     A line of a .jsonl may have `source`, one path or several: images that the caption says how to change.
+    captions_suffice: .txt files without images and lines without file_name are rows, too.
     """
     data = Path(data).expanduser()
     if data.is_file() and data.suffix.lower() == ".jsonl":
-        return read_jsonl(data)
+        return read_jsonl(data, captions_suffice)
     if not data.is_dir():
         raise InputError(f"{data}: no such folder; --data takes a folder of images with captions, or a .jsonl file")
     files = visible_files(data)
@@ -69,10 +71,10 @@ def read_folder(data: Path | str) -> list[Row]:
     if len(tables) > 1:
         raise InputError(f"{data}: several .jsonl files ({', '.join(path.name for path in tables)}); "
                          "give --data the path of the one to use")
-    return read_jsonl(tables[0]) if tables else read_sidecars(data, files)
+    return read_jsonl(tables[0], captions_suffice) if tables else read_sidecars(data, files, captions_suffice)
 
 
-def read_sidecars(folder: Path, files: list[Path]) -> list[Row]:
+def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = False) -> list[Row]:
     """Layout (a): a.jpg with its caption in a.txt. Raises InputError."""
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
@@ -81,20 +83,23 @@ def read_sidecars(folder: Path, files: list[Path]) -> list[Row]:
                          f"add {KINDS} files with same-stem .txt captions, or a metadata.jsonl")
     stems = {path.stem for path in images}
     for stem, path in captions.items():
-        if stem not in stems:
+        if stem not in stems and not captions_suffice:
             raise InputError(f"{path}: a caption without an image; add {stem}.png ({KINDS}) or remove the caption")
-    rows = []
     for path in images:
         if path.stem not in captions:
             raise InputError(f"{path}: an image without a caption; write one into {path.stem}.txt beside it")
-        caption = read_text(captions[path.stem]).strip()
+    pairs = [(path, captions[path.stem]) for path in images]
+    pairs += [(None, path) for stem, path in captions.items() if stem not in stems]
+    rows = []
+    for image, path in pairs:
+        caption = read_text(path).strip()
         if not caption:
-            raise InputError(f"{captions[path.stem]}: the caption is empty; write what the image shows")
-        rows.append(Row(path, (caption,), open_image(path).size))
+            raise InputError(f"{path}: the caption is empty; write what the image shows")
+        rows.append(Row(image, (caption,), open_image(image).size if image else SQUARE))
     return rows
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
     """Layouts (b) and (c), told apart by each line's fields. Images are relative to the file. Raises InputError."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -107,18 +112,19 @@ def read_jsonl(path: Path) -> list[Row]:
             raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from None
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object {{...}}, found {type(entry).__name__}; correct this line")
+        if captions_suffice and "local_path_list" not in entry:
+            entry = {"file_name": "", **entry}
         name, captions = (read_official if "local_path_list" in entry else read_imagefolder)(entry, where)
-        image, *sources = (path.parent / name for name in (name, *read_sources(entry, where)))
-        for file in (image, *sources):
+        image, sources = path.parent / name if name else None, [path.parent / s for s in read_sources(entry, where)]
+        for file in sources + ([image] if image else []):
             if not file.is_file():
                 raise InputError(f"{where}: {file}: no such file; correct the path or add the image")
-        for source in sources:
-            open_image(source)                          # unreadable ones show here
-        rows.append(Row(image, captions, open_image(image).size, tuple(sources)))
+            size = open_image(file).size                # unreadable ones show here; the image is the last
+        rows.append(Row(image, captions, size if image else SQUARE, tuple(sources)))
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object per image and line")
     if path.name == "metadata.jsonl":
-        listed = {file.resolve() for row in rows for file in (row.image, *row.sources)}
+        listed = {file.resolve() for row in rows for file in (row.image, *row.sources) if file}
         for image in visible_files(path.parent):
             if image.suffix.lower() in IMAGE_SUFFIXES and image.resolve() not in listed:
                 raise InputError(f"{image}: an image without a caption; add a line for it to {path.name}, or remove it")
@@ -276,9 +282,9 @@ class Example:
         except (InputError, OSError):
             return False
 
-    def target(self) -> Image.Image:
-        """The training crop: what the VAE encodes and what the teacher is shown."""
-        return crop(open_image(self.row.image), self.shape)
+    def target(self) -> Image.Image | None:
+        """The training crop: what the VAE encodes and what the teacher is shown; None for captions alone."""
+        return crop(open_image(self.row.image), self.shape) if self.row.image else None
 
     def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x0 (C, h, w), and the latents of the sources, each in its own shape."""
@@ -300,7 +306,7 @@ class Example:
 @dataclass(frozen=True)
 class Batch:
     """B examples of one bucket, on the CPU."""
-    latents: Tensor                 # (B, C, h, w) float32
+    latents: Tensor                 # (B, C, h, w) float32; zeros where there is no image, and only the shape counts
     student_context: list[Context]  # B of them: c_s = f_text(y), Eq. 4; for editing with the sources
     teacher_context: list[Context]  # B of them: c_t = f_mm(y, x0), Eq. 4; empty if prepared without
     captions: list[str]             # the B prompts y

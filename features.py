@@ -54,9 +54,12 @@ class Features:
         self.fingerprint = hashlib.sha256(" ".join(self.keys).encode()).hexdigest()
         self.rows = rows
 
-    def encode(self, cache: Path) -> None:
-        """Fill the folder `cache` with what is missing there; then everything below is known. Raises InputError."""
-        prompts = self.panel_rows()
+    def encode(self, cache: Path, with_unrelated: bool = True) -> None:
+        """Fill the folder `cache` with what is missing there; then everything below is known. Raises InputError.
+
+        with_unrelated: whether the panel ends with a prompt that has nothing to do with the data.
+        """
+        prompts = self.panel_rows() + ([(self.recipe.unrelated, None)] if with_unrelated else [])
         panel_key = hashlib.sha256(f"{self.key}{prompts}{self.keys[:2]}".encode()).hexdigest()[:40]
         panel_file = cache / f"panel-{panel_key}.safetensors"
 
@@ -85,12 +88,12 @@ class Features:
                 open_image(example.row.sources[0]) if sources else None))
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
-        """(prompt, image that the teacher is shown): two training pairs, new prompts, one unrelated prompt."""
+        """(prompt, image that the teacher is shown): two training pairs and new prompts."""
         pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
         new = []
         if "[V]" in first and not self.rows[0].sources:
             new = [self.recipe.new_style if "[V] style" in first else self.recipe.new_object]
-        return pairs + [(prompt, 0) for prompt in new + self.cfg.panel_prompt] + [(self.recipe.unrelated, None)]
+        return pairs + [(prompt, 0) for prompt in new + self.cfg.panel_prompt]
 
     def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
         """Texts of the panel's contexts, "student.i" and "teacher.i", into a file."""
@@ -138,8 +141,13 @@ def encode_latents(examples: list[Example], multiple: int, area: int, load_vae: 
     def encode(image: Image.Image) -> Tensor:
         return vae.encode(to_tensor(image).to(device))[0].float().cpu()
 
-    return [[encode(example.target()), *(encode(fit(open_image(path), multiple, area, path))
-                                         for path in example.row.sources)]
+    def encode_target(example: Example) -> Tensor:
+        if example.row.image:
+            return encode(example.target())
+        return torch.zeros(vae.channels, *(side // vae.factor for side in example.shape))
+
+    return [[encode_target(example), *(encode(fit(open_image(path), multiple, area, path))
+                                       for path in example.row.sources)]
             for example in tqdm(examples, desc="encoding images", disable=None)]
 
 
@@ -160,8 +168,9 @@ def encode_contexts(examples: list[Example], latents: list[list[Tensor]], load_e
 
 def warn_enlarged(examples: list[Example]) -> None:
     """One line on stderr if any image has fewer pixels than its training shape."""
+    examples = [example for example in examples if example.row.image]
     scales = [max(e.shape[0] / e.row.size[1], e.shape[1] / e.row.size[0]) for e in examples]
-    worst = max(scales)
+    worst = max(scales, default=0)
     if worst > 1:
         print(f"warning: {sum(scale > 1 for scale in scales)} of {len(examples)} images are enlarged to their training "
               f"shape, most of all {examples[scales.index(worst)].row.image} ({worst:.2f}x); "
@@ -171,6 +180,6 @@ def warn_enlarged(examples: list[Example]) -> None:
 def content_key(row: Row, shape: Shape, area: int, key: str) -> str:
     """Name of a row's cache file: a hash of the images' bytes, the captions, the shape, what sources are fitted to, and
     `key`."""
-    images = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (row.image, *row.sources)]
+    images = [hashlib.sha256(path.read_bytes()).hexdigest() if path else "" for path in (row.image, *row.sources)]
     content = json.dumps([CACHE_FORMAT, key, images, shape, area if row.sources else 0, row.captions])
     return hashlib.sha256(content.encode()).hexdigest()[:40]

@@ -329,9 +329,9 @@ class Flux2Transformer(nn.Module):
                                  "use the text encoder and the transformer of one checkpoint")
 
 
-def check(folder: Path) -> None:
-    """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
-    checkpoints.check(folder, Flux2Transformer, KEYS)
+def check(folder: Path) -> Flux2Transformer:
+    """The transformer without memory, on the meta device. Raises the InputError of `load` from the files' headers."""
+    return checkpoints.check(folder, Flux2Transformer, KEYS)
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,

@@ -167,10 +167,8 @@ class Block(nn.Module):
         dim, eps = config["dim"], config["norm_eps"]
         self.attention = Attention(dim, config["n_heads"])
         self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
-        self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
-        self.attention_norm2 = nn.RMSNorm(dim, eps=eps)
-        self.ffn_norm1 = nn.RMSNorm(dim, eps=eps)
-        self.ffn_norm2 = nn.RMSNorm(dim, eps=eps)
+        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            setattr(self, name, nn.RMSNorm(dim, eps=eps))
         self.modulated = modulated
         if modulated:
             self.adaLN_modulation = nn.ModuleList([nn.Linear(min(dim, TIME_WIDTH), 4 * dim)])
@@ -371,18 +369,20 @@ def _skeleton(folder: Path, network: type[nn.Module], keys: tuple[str, ...]) -> 
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def check(folder: Path, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> None:
-    """Raises the InputError of `load` from the headers of the files alone: before captions are encoded for it."""
+def check(folder: Path, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> nn.Module:
+    """The transformer without memory, on the meta device. Raises the InputError of `load` from the files' headers."""
     folder = Path(folder) / "transformer"
-    load_strictly(_skeleton(folder, network, keys), tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+    model = _skeleton(folder, network, keys)
+    load_strictly(model, tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+    return model
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> nn.Module:
+         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS):
     """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
-    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block. network, keys:
-    its class and what its config must have. Raises InputError when files are missing or do not belong together.
+    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block; network: its
+    class; keys: of its config. Raises InputError when files are missing or do not belong together.
     """
     folder = Path(folder) / "transformer"
     model = _skeleton(folder, network, keys)

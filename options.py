@@ -20,7 +20,7 @@ import torch
 
 import flux2
 import model
-from files import InputError, checkpoint, read_json, tensors, transformer_class
+from files import InputError, check_writable, checkpoint, read_json, tensors, transformer_class
 
 TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
 ROOT = Path(__file__).resolve().parent
@@ -155,6 +155,46 @@ def fill(cfg, recipe: Recipe):
     return dataclasses.replace(cfg, **defaults)
 
 
+# ---------------------------------------------------------------------------------------------------- runs
+# Options that may differ when a run is resumed: they change the rounding at most.
+FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
+        "device")
+STATE = "state.safetensors"
+
+
+def names_of(sources: list[str]) -> list[str]:
+    """A short name for each --data: its last part, numbered where two are alike."""
+    paths = [Path(source).resolve() for source in sources]
+    names = [path.stem if path.is_file() else path.name for path in paths]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
+
+
+def open_run(cfg, out: Path, fingerprint: str) -> None:
+    """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
+    state = out / STATE
+    if cfg.resume:
+        if not state.is_file():
+            raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
+        if not (out / "config.json").is_file():
+            raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
+                             "with another --out")
+        config = read_json(out / "config.json", "options")
+        before = config["options"]
+        for name, value in dataclasses.asdict(cfg).items():
+            if name not in FREE and before.get(name, value) != value:
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
+                                 "give the same value, or start a new run with another --out")
+        if config.get("data") != fingerprint:
+            raise InputError(f"--resume: the images or captions in {', '.join(cfg.data)} are not those that this run "
+                             "began with; restore them, or start a new run with another --out")
+        return
+    if state.exists():
+        raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
+    if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
+        raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
+    check_writable(out, f"--out {out}")
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 def option(default, text: str, **extra):
     """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
@@ -168,7 +208,8 @@ def option(default, text: str, **extra):
 def parse(options: type, argv: list[str] | None, description: str):
     """An instance of the dataclass `options` from command line words: field `batch_size` is `--batch-size`.
 
-    bool fields are switches, list fields repeatable flags, fields without a default required.
+    bool fields are switches, list fields repeatable flags (or, with nargs, flags that take several words), fields
+    without a default required.
     """
     parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(options):
@@ -182,6 +223,8 @@ def parse(options: type, argv: list[str] | None, description: str):
         if kind is bool:
             action = argparse.BooleanOptionalAction if field.default is None else "store_true"
             parser.add_argument(flag, action=action, default=field.default, **extra)
+        elif "nargs" in extra:
+            parser.add_argument(flag, required=required, default=[], **extra)
         elif typing.get_origin(kind) is list:
             parser.add_argument(flag, action="append", default=[], metavar="TEXT", **extra)
         else:

@@ -151,16 +151,18 @@ class Panels:
     """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
 
     def __init__(self, folder: Path, model: torch.nn.Module, shift_of: Shift, steps: int, seed: int,
-                 rows: list[PanelRow]) -> None:
+                 size: data.Shape, rows: list[PanelRow]) -> None:
+        """size: (height, width) of every picture."""
         self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
-        first = next(row.target for row in rows if row.target is not None)
-        shape = latent_shape(folder, first.height, first.width)
+        shape = latent_shape(folder, *size)
         self.noise = starting_noise(backbone_of(folder), seed, shape)
         self.sigmas = time_grid(shift_of(steps, *shape[1:]), steps)
         self.base: list[Image.Image] = []
 
-    def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None) -> None:
-        """Write the panel of two adapters; without a teacher there is no such column."""
+    def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None,
+             others: dict[str, lora.Adapter] | None = None) -> None:
+        """Write the panel of a student and its teachers: one that is shown the target, and others that read the prompt,
+        by the titles of their columns; all of them optional."""
         vae = autoencoder.load(self.folder, next(self.model.parameters()).device)  # small, not needed between panels
 
         def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
@@ -168,12 +170,14 @@ class Panels:
             return [to_image(vae.decode(z[None])[0]) for z in latents]
 
         steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
-        self.base = self.base or pictures([row.student for row in self.rows], None)
-        columns = {"source": [row.source for row in self.rows]} if any(row.source for row in self.rows) else {}
-        columns |= {"target": [row.target for row in self.rows], "base": self.base,
-                    "student": pictures([row.student for row in self.rows], student)}
+        texts = [row.student for row in self.rows]
+        self.base = self.base or pictures(texts, None)
+        given = {"source": [row.source for row in self.rows], "target": [row.target for row in self.rows]}
+        columns = {name: images for name, images in given.items() if any(images)}
+        columns |= {"base": self.base, "student": pictures(texts, student)}
         if teacher is not None:
             columns["teacher (sees the target)"] = pictures([row.teacher for row in self.rows], teacher)
+        columns |= {title: pictures(texts, adapter) for title, adapter in (others or {}).items()}
         save_png(panel(columns, prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
                  {"prompt": "\n".join(prompts), "seed": self.seed, "steps": steps, "lora": note})
 
@@ -250,7 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     sigmas = time_grid(backbone.time_shift(scheduler, steps, *shape[1:]), steps)
 
-    backbone.check(folder)                                          # before the larger work of encoding
+    skeleton = backbone.check(folder)                               # before the larger work of encoding
+    if cfg.lora:
+        lora.load(cfg.lora, skeleton)
     check_memory(folder, device, dtype)
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes

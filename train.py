@@ -37,9 +37,9 @@ import loss as objectives
 import model as transformer
 from features import Features
 from files import InputError, read_json
-from options import (Interrupt, Recipe, backbone_of, check_memory, check_references, check_seed, device_and_dtype, fill,
-                     model_folder, option, parse, peak_memory_gb, provenance, recipe_of, run as run_program,
-                     warn_undistilled)
+from options import (STATE, Interrupt, Recipe, backbone_of, check_memory, check_references, check_seed,
+                     device_and_dtype, fill, model_folder, names_of, open_run, option, parse, peak_memory_gb,
+                     provenance, recipe_of, run as run_program, warn_undistilled)
 from rollout import rollout, sample, time_grid
 from sample import Panels, Shift
 
@@ -50,18 +50,24 @@ METHODS = {  # name -> whether it has a teacher that is shown the target image
     "sft": False,           # flow matching on the target images: vanilla fine-tuning
     "pso": False,           # the target images preferred to the model's own samples (arXiv 2410.03190)
 }
+IMAGE = "image"  # in the place of a teacher's file: the run's own teacher, which is shown the target
 Model = transformer.ZImageTransformer | flux2.Flux2Transformer  # the loop needs `velocity`, lora.py `lora_names`
 
 
 @dataclass
 class Options:
     """None means: the value of the checkpoint's recipe in options.py."""
-    data: str = option(dataclasses.MISSING, "folder with images and captions (see README), or a .jsonl file")
+    data: list[str] = option(dataclasses.MISSING, "folder with images and captions (see README), or a .jsonl file; "
+                             "several are learned in turns", nargs="+")
     model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
     vlm: str | None = option(None, "Qwen3-VL folder or hub id for the teacher's context")
     out: str | None = option(None, "folder of the run; default out/<name of the data>")
     method: str = option("dopsd", "dopsd, or a method that it is compared with", choices=tuple(METHODS))
-    loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code", choices=tuple(objectives.LOSSES))
+    loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code; kl: per-step KL (2605.15055)",
+                              choices=tuple(objectives.LOSSES))
+    noise: float = option(0.0, "a: standard deviation of the rollout's steps; 0: the steps of the sampler")
+    teacher_lora: list[str] = option([], "frozen teachers, one for each --data: an adapter file, or image for the "
+                                     "model's own teacher, which is shown the target", nargs="+", metavar="FILE")
     steps: int | None = option(None, "optimizer steps")
     lr: float | None = option(None, "learning rate of AdamW, constant")
     rank: int | None = option(None, "rank of the LoRA")
@@ -92,18 +98,12 @@ class Options:
                         choices=("auto", "float32", "bfloat16"))
 
 
-# Options that may differ when a run is resumed: they change the rounding at most.
-FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
-        "device")
-STATE = "state.safetensors"
-
-
 # ------------------------------------------------------------------------------------------------------- set-up
 def check_values(cfg: Options) -> None:
     """Raises InputError on numbers that cannot work; None is left for the recipe."""
     for name, least in (("steps", 1), ("rollout_steps", 1), ("batch_size", 1), ("accumulate", 1), ("rank", 1),
                         ("alpha", 1), ("save_every", 1), ("sample_every", 0), ("lr", 0), ("grad_states", 1),
-                        ("beta", 0)):
+                        ("beta", 0), ("noise", 0)):
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if value is not None and (not value >= least or not math.isfinite(value)):
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
@@ -111,33 +111,15 @@ def check_values(cfg: Options) -> None:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     if cfg.grad_states is not None and cfg.method != "dopsd":
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, not {cfg.method}; leave it out")
+    teachers = cfg.teacher_lora
+    if teachers and len(teachers) != len(cfg.data):
+        raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "
+                         "the word image")
+    if teachers and not METHODS[cfg.method]:
+        raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
+    if cfg.noise and cfg.method not in ("dopsd", "off-policy"):
+        raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
-
-
-def open_run(cfg: Options, out: Path, fingerprint: str) -> None:
-    """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
-    state = out / STATE
-    if cfg.resume:
-        if not state.is_file():
-            raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
-        if not (out / "config.json").is_file():
-            raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
-                             "with another --out")
-        config = read_json(out / "config.json", "options")
-        before = config["options"]
-        for name, value in asdict(cfg).items():
-            if name not in FREE and before.get(name, value) != value:
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
-                                 "give the same value, or start a new run with another --out")
-        if config.get("data") != fingerprint:
-            raise InputError(f"--resume: the images or captions in {cfg.data} are not those that this run began with; "
-                             "restore them, or start a new run with another --out")
-        return
-    if state.exists():
-        raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
-    if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
-        raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
-    files.check_writable(out, f"--out {out}")
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -161,7 +143,7 @@ class Run:
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
         lora.save(self.student, self.out / "student.safetensors", facts)
-        if METHODS[self.cfg.method]:
+        if shows_target(self.cfg):
             lora.save(self.teacher, self.out / "teacher.safetensors", facts)
         files.write_tensors(self.out / STATE, state, {"step": str(self.step)})
 
@@ -180,13 +162,25 @@ class Run:
                                                for key, value in moments.items()}
 
 
+@dataclass(frozen=True)
+class Task:
+    """What to learn from whom: D-OPSD has one, DiffusionOPD (arXiv 2605.15055) several."""
+    name: str
+    dataset: data.Dataset
+    teacher: lora.Adapter | None    # frozen, reads the prompt alone; None: the run's own, which is shown the target
+
+
 class Sides:
     """Student and teacher on one batch: their contexts on the device, and the velocities that the methods ask for."""
 
-    def __init__(self, run: Run, model: Model, batch: data.Batch) -> None:
+    def __init__(self, run: Run, model: Model, batch: data.Batch, teacher: lora.Adapter | None = None,
+                 share: int | None = None) -> None:
+        """teacher: of the task; share: number of batches over which the gradient of a step is averaged."""
         self.run, self.model, self.latents = run, model, batch.latents.to(run.device)
+        self.teacher_adapter, self.share = teacher or run.teacher, share or run.cfg.accumulate
         self.student_context = [c.to(run.device) for c in batch.student_context]    # c_s = f_text(y), Eq. 4
-        self.teacher_context = [c.to(run.device) for c in batch.teacher_context]    # c_t = f_mm(y, x0), Eq. 4
+        self.teacher_context = self.student_context if teacher else \
+            [c.to(run.device) for c in batch.teacher_context]                       # c_t = f_mm(y, x0), Eq. 4
 
     def noise(self, rng: torch.Generator) -> Tensor:
         """(B, C, H, W): x at sigma = 1."""
@@ -197,7 +191,7 @@ class Sides:
 
     @torch.no_grad()
     def teacher(self, x: Tensor, sigma: float | Tensor) -> Tensor:                  # Eq. 6
-        return self.model.velocity(x, sigma, self.teacher_context, self.run.teacher)
+        return self.model.velocity(x, sigma, self.teacher_context, self.teacher_adapter)
 
     def untuned(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         return self.model.velocity(x, sigma, self.student_context)
@@ -210,12 +204,12 @@ def dopsd_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator)
     """
     x, steps, total = sides.noise(rng), len(sigmas) - 1, 0.0
     learned = set(torch.randperm(steps, generator=rng)[:cfg.grad_states or steps].tolist())
-    for point in rollout(sides.student, x, sigmas, learned):                        # Eq. 3: the student's own states
+    for point in rollout(sides.student, x, sigmas, learned, cfg.noise, rng):        # Eq. 3: the student's own states
         v_teacher = sides.teacher(point.x, point.sigma)                             # Eq. 6: the teacher, same state
         if cfg.method == "off-policy":
             point.follow(v_teacher)                                                 # else the teacher's own states
         loss = objectives.dopsd(point, v_teacher, cfg.loss) / len(learned)          # Eq. 7: mean over the K states
-        (loss / cfg.accumulate).backward()                                          # one graph alive at a time
+        (loss / sides.share).backward()                                              # one graph alive at a time
         total += loss.item()
     return total
 
@@ -225,7 +219,7 @@ def sft_step(cfg: Options, sides: Sides, sigmas: Tensor, shift: float, rng: torc
     x0 = sample(sides.teacher, sides.noise(rng), sigmas) if cfg.method == "sft-teacher" else sides.latents
     eps, sigma = sides.noise(rng), objectives.draw_sigma(rng, shift, len(x0)).to(x0.device)
     loss = objectives.sft(sides.student, x0, eps, sigma)
-    (loss / cfg.accumulate).backward()
+    (loss / sides.share).backward()
     return loss.item()
 
 
@@ -235,37 +229,46 @@ def pso_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator) -
     k = torch.randint(len(sigmas) - 1, (len(own),), generator=rng)                  # noise levels of its own sampler
     loss = objectives.pso(sides.student, sides.untuned, sides.latents, own, sides.noise(rng),
                           sigmas[k].to(own.device), cfg.beta)
-    (loss / cfg.accumulate).backward()
+    (loss / sides.share).backward()
     return loss.item()
 
 
-def draw_panel(cfg: Options, run: Run, panels: Panels) -> None:
+def shows_target(cfg: Options) -> bool:
+    """Whether there is a teacher that is shown the target."""
+    return METHODS[cfg.method] and (not cfg.teacher_lora or IMAGE in cfg.teacher_lora)
+
+
+def draw_panel(cfg: Options, run: Run, panels: Panels, tasks: list[Task]) -> None:
     """samples/step_N.png of the current step."""
     note = f"{cfg.method}, step {run.step} of {cfg.steps}"
     panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", note, run.student,
-                run.teacher if METHODS[cfg.method] else None)
+                run.teacher if shows_target(cfg) else None,
+                {f"teacher of {task.name}": task.teacher for task in tasks if task.teacher})
 
 
-def gradient_of_step(cfg: Options, model: Model, run: Run, dataset: data.Dataset, shift_of: Shift) -> float:
-    """The gradient of one optimizer step, from `cfg.accumulate` batches; returns the mean loss."""
-    total = 0.0
+def gradient_of_step(cfg: Options, model: Model, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, float]:
+    """The gradient of one optimizer step, from `cfg.accumulate` batches of each task; returns the mean loss of each."""
+    losses, share = dict.fromkeys((task.name for task in tasks), 0.0), cfg.accumulate * len(tasks)
     for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
-        sides, rng = Sides(run, model, dataset.batch(number)), data.generator(cfg.seed, "noise", number)
-        shift = shift_of(cfg.rollout_steps, *sides.latents.shape[2:])
-        sigmas = time_grid(shift, cfg.rollout_steps)
-        if cfg.method in ("dopsd", "off-policy"):
-            total += dopsd_step(cfg, sides, sigmas, rng)
-        elif cfg.method == "pso":
-            total += pso_step(cfg, sides, sigmas, rng)
-        else:
-            total += sft_step(cfg, sides, sigmas, shift, rng)
-    return total / cfg.accumulate
+        for index, task in enumerate(tasks):                                        # a round of DiffusionOPD
+            sides = Sides(run, model, task.dataset.batch(number), task.teacher, share)
+            rng = data.generator(cfg.seed, "noise", number, *([index] if index else []))
+            shift = shift_of(cfg.rollout_steps, *sides.latents.shape[2:])
+            sigmas = time_grid(shift, cfg.rollout_steps)
+            if cfg.method in ("dopsd", "off-policy"):
+                loss = dopsd_step(cfg, sides, sigmas, rng)
+            elif cfg.method == "pso":
+                loss = pso_step(cfg, sides, sigmas, rng)
+            else:
+                loss = sft_step(cfg, sides, sigmas, shift, rng)
+            losses[task.name] += loss / cfg.accumulate
+    return losses
 
 
-def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: Panels, shift_of: Shift) -> int:
+def train(cfg: Options, model: Model, run: Run, tasks: list[Task], panels: Panels, shift_of: Shift) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     if cfg.sample_every and run.step in (0, cfg.steps):
-        draw_panel(cfg, run, panels)                                    # at 0: can the teacher draw the concept at all?
+        draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
     metrics, decay = run.out / "metrics.jsonl", {"ema": cfg.ema, "copy": 0.0, "base": 1.0}[cfg.teacher]
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
     with Interrupt() as interrupt:
@@ -273,10 +276,11 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
             try:
-                loss = gradient_of_step(cfg, model, run, dataset, shift_of)
+                losses = gradient_of_step(cfg, model, run, tasks, shift_of)
             except torch.OutOfMemoryError:
                 run.save()                                              # a resumed run may use --checkpointing
                 raise
+            loss = sum(losses.values()) / len(losses)
             norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), 1.0))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 run.save()                                              # nothing was updated: the last good state
@@ -286,9 +290,11 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
             lora.ema_(run.teacher, run.student, decay)                  # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
             seconds, memory = time.time() - started, peak_memory_gb(run.device)
-            files.append_json_line(metrics, {"step": run.step, "loss": loss, "gradient_norm": norm, "seconds": seconds,
-                                             "peak_memory_gb": memory})
-            bar.set_postfix_str(f"loss {loss:.4f}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB")
+            each = {"losses": losses} if len(losses) > 1 else {}
+            files.append_json_line(metrics, {"step": run.step, "loss": loss, **each, "gradient_norm": norm,
+                                             "seconds": seconds, "peak_memory_gb": memory})
+            shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
+            bar.set_postfix_str(f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB")
             done = run.step == cfg.steps or interrupt.asked
             if done or run.step % cfg.save_every == 0:
                 run.save()
@@ -296,21 +302,22 @@ def train(cfg: Options, model: Model, run: Run, dataset: data.Dataset, panels: P
                 print(f"interrupted: step {run.step} is saved in {run.out}; --resume continues", file=sys.stderr)
                 return 130
             if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
-                draw_panel(cfg, run, panels)
+                draw_panel(cfg, run, panels, tasks)
     return 0
 
 
-def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, dataset: data.Dataset, dtype,
-                  memory: float) -> None:
+def print_summary(cfg: Options, recipe: Recipe, folder: Path, run: Run, tasks: list[Task], dtype, memory: float):
     """What the run is about to do; memory: GB of weights."""
     shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
     trained = sum(tensor.numel() for tensor in run.parameters.values())
-    buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
-                        for (height, width, sources), count in dataset.buckets.items())
     print(f"model    {folder} on {run.device}, {str(dtype).removeprefix('torch.')}, {memory:.2g} GB of weights at most")
     print(f"recipe   {recipe.name}: {', '.join(f'{name} {getattr(cfg, name)}' for name in shown)}")
     print(f"trained  {trained:,} LoRA parameters in {len(run.student.weights)} layers")
-    print(f"images   {len(dataset.examples)}: {buckets}")
+    for task in tasks:
+        buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
+                            for (height, width, sources), count in task.dataset.buckets.items())
+        name = f" of {task.name}" if len(tasks) > 1 else ""
+        print(f"images   {len(task.dataset.examples)}{name}: {buckets}")
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
 
 
@@ -318,36 +325,47 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    rows = data.read_folder(cfg.data)                                   # before anything large is downloaded
+    teachers, names = cfg.teacher_lora or [IMAGE] * len(cfg.data), names_of(cfg.data)
+    rows = [data.read_folder(source, captions_suffice=teacher != IMAGE) for source, teacher in zip(cfg.data, teachers)]
     folder = model_folder(cfg.model)
-    recipe = recipe_of(folder)
+    recipe, backbone = recipe_of(folder), backbone_of(folder)
     cfg = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
     if (cfg.grad_states or 1) > cfg.rollout_steps:
         raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
                          f"{cfg.rollout_steps}")
-    source, backbone = Path(cfg.data).resolve(), backbone_of(folder)
-    out = Path(cfg.out or Path("out") / (source.stem if source.is_file() else source.name))
+    out = Path(cfg.out or Path("out") / "+".join(names))
     shift_of = functools.partial(backbone.time_shift, read_json(folder / "scheduler" / "scheduler_config.json"))
     shift_of(cfg.rollout_steps, 2, 2)                                   # refuses schedulers with another grid
-    teacher = cfg.teacher_context if METHODS[cfg.method] else ""
-    check_references(backbone, teacher, f"source images in {cfg.data}" if any(row.sources for row in rows) else "")
+    shown = cfg.teacher_context if METHODS[cfg.method] else ""
+    for source, part in zip(cfg.data, rows):
+        has_sources = any(row.sources for row in part)
+        check_references(backbone, shown, f"source images in {source}" if has_sources else "")
     warn_undistilled(folder)
 
-    backbone.check(folder)                                              # before anything is encoded and written
+    skeleton = backbone.check(folder)                                   # before anything is encoded and written
+    for teacher in teachers:
+        if teacher != IMAGE:
+            lora.load(Path(teacher), skeleton)
     memory = check_memory(folder, device, dtype)
-    features = Features(cfg, rows, folder, recipe, teacher, device, dtype)
-    open_run(cfg, out, features.fingerprint)                            # nothing is written before this line
-    features.encode(Path(cfg.cache) if cfg.cache else out / "cache")    # loads VAE and encoders, and frees them
+    features = [Features(cfg, part, folder, recipe, shown if teacher == IMAGE else "", device, dtype)
+                for part, teacher in zip(rows, teachers)]
+    fingerprint = " ".join(part.fingerprint for part in features)
+    open_run(cfg, out, fingerprint)                                     # nothing is written before this line
+    for part in features:                                               # loads VAE and encoders, and frees them
+        part.encode(Path(cfg.cache) if cfg.cache else out / "cache", with_unrelated=part is features[-1])
     model = backbone.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
+    tasks = [Task(name, part.dataset, None if teacher == IMAGE else lora.load(Path(teacher), model))
+             for name, part, teacher in zip(names, features, teachers)]
     if cfg.resume:
         run.load()
     files.keep_json_lines(out / "metrics.jsonl", lambda numbers: numbers["step"] <= run.step)
-    files.write_json(out / "config.json", {"recipe": recipe.name, "options": asdict(cfg), "data": features.fingerprint,
+    files.write_json(out / "config.json", {"recipe": recipe.name, "options": asdict(cfg), "data": fingerprint,
                                            **provenance()})
-    print_summary(cfg, recipe, folder, run, features.dataset, dtype, memory)
-    panels = Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed, features.panel)
-    return train(cfg, model, run, features.dataset, panels, shift_of)
+    print_summary(cfg, recipe, folder, run, tasks, dtype, memory)
+    panels = Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed, features[0].dataset.examples[0].shape,
+                    [row for part in features for row in part.panel])
+    return train(cfg, model, run, tasks, panels, shift_of)
 
 
 if __name__ == "__main__":

@@ -159,15 +159,17 @@ def run(base, tmp_path):
 
 @pytest.fixture
 def prepare(run, monkeypatch):
-    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop."""
-    names = ("cfg", "model", "run", "dataset", "panels", "shift_of")
+    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop; dataset: of the first task."""
+    names = ("cfg", "model", "run", "tasks", "panels", "shift_of")
 
     def start(*flags) -> SimpleNamespace:
         caught = []
         with monkeypatch.context() as patch:
             patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
             run("prepared", *flags)
-        return SimpleNamespace(**dict(zip(names, caught, strict=True)))
+        parts = SimpleNamespace(**dict(zip(names, caught, strict=True)))
+        parts.dataset = parts.tasks[0].dataset
+        return parts
     return start
 
 

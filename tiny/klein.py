@@ -169,8 +169,8 @@ def changed(rows: Tensor, fresh: Tensor, change: str) -> Tensor:
 
 
 class Edits:
-    """Random edits. sources, targets: scenes (n, 9); shown (n, 9): other scenes, of which a quarter are the targets
-    themselves, with the object of the target or, where the change is "paint", its colours; changes: n keys of CHANGES."""
+    """Random edits. sources, targets: scenes (n, 9); changes: n keys of CHANGES; shown (n, 9): other scenes with the
+    object of the target or, where the change is "paint", its colours; a quarter of them are the targets themselves."""
 
     def __init__(self, count: int, names: tuple[str, ...], g: torch.Generator, held_out: str = "") -> None:
         """held_out "object": the targets' objects are ones that no stage of training draws."""

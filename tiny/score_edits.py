@@ -33,12 +33,12 @@ def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str
     right = (reading.rows == targets).float()
     texture = reading.rows[:, COLUMN["texture"]] == targets[:, COLUMN["texture"]]        # else marks mean nothing
     kept = ((reading.marks == marks).float().mean((1, 2)) * texture).mean()
-    return {"changed": float((right * asked).sum() / asked.sum()), "kept": float((right * ~asked).sum() / (~asked).sum()),
-            "marks": float(kept), "distance": float(reading.distance.mean())}
+    shares = {name: float((right * part).sum() / part.sum()) for name, part in (("changed", asked), ("kept", ~asked))}
+    return {**shares, "marks": float(kept), "distance": float(reading.distance.mean())}
 
 
 def edit_of(folder: str, judge: Judge) -> tuple[str, Tensor, Tensor]:
-    """The instruction of a data folder with sources, the scene (9,) after its first edit, all targets (n, 3, 64, 64)."""
+    """Instruction of a data folder with sources, the scene (9,) after its first edit, all targets (n, 3, 64, 64)."""
     rows = data.read_folder(folder)
     if not all(row.sources for row in rows):
         raise InputError(f"{folder}: no data for editing; give a folder whose rows have a source, or use tiny.score")
