@@ -64,10 +64,11 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
 # .967, .908, .767, that of inference; the official one is not.
 KLEIN = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
                 teacher_context="reference")
-# Small models: fewer steps, so a faster EMA. Of the rates tried on examples/star (1e-4 to 1e-3) the larger ones learn
-# the concept sooner and change ordinary prompts more.
-SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=300, lr=1e-4, rank=16, alpha=16,
-               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=75,
+# Small models: fewer steps, so a faster EMA. Learning rates were tried in experiments/ on concepts apart, 150 steps of
+# D-OPSD each: 1e-4, 3e-4, 1e-3 give concept fidelity .68, .98, 1.00 and ordinary prompts .978, .971, .955 (untuned
+# .987). On examples/star 100 steps learn nearly as much as 150 and change ordinary prompts less.
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=3e-4, rank=16, alpha=16,
+               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=25,
                teacher_context="vlm", vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")

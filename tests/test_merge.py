@@ -1,0 +1,225 @@
+"""experiments/merge.py on a small random model, sums of adapters, captions."""
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import lora
+from conftest import fill_b, random_transformer
+from experiments import merge, merge_plan
+from experiments.merge_plan import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
+from experiments.results import Results
+from files import InputError
+from options import EMBEDDED
+from tiny.score import Judge, of_concept
+from tiny.world import COLUMN, held_out_object, held_out_style
+
+TINY = Settings(objects=1, seeds=(0,), teacher_steps=2, rounds=1, captions=3, concept_prompts=2, ordinary_prompts=2)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def judge(checkpoint) -> Judge:
+    return Judge(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def small(judge, checkpoint, tmp_path_factory):
+    """The folder of a finished small experiment."""
+    out = tmp_path_factory.mktemp("merge") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "Judge", lambda folder: judge)                 # not loaded again and again
+        assert merge.run(TINY, out, model=checkpoint) == 0
+    return out
+
+
+@pytest.fixture
+def quick_start(judge, monkeypatch):
+    monkeypatch.setattr(merge, "Judge", lambda folder: judge)
+
+
+def lines_of(out) -> list[dict]:
+    """The results without what depends on the machine."""
+    lines = [json.loads(line) for line in (out / "merge.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------- end to end
+def test_a_small_experiment(small):
+    header, *lines = lines_of(small)
+    names = list(header["facts"]["concepts"])
+    assert len(names) == 2 and header["facts"]["teachers"]["steps"] == 2
+    assert all(line["settings"] == header["settings"] for line in lines)
+    found = {(line["method"], *line["options"].values(), line["concept"]): line for line in lines}
+    students = [("sum",), ("average",), ("sft-teacher",), *(("dopsd", "v", 0.0), ("dopsd", "kl", 0.0),
+                                                            ("dopsd", "kl", 0.3), ("dopsd", "kl", 0.7))]
+    assert set(found) == {(*row, name) for row in [("base",), *students] for name in [*names, ""]} | \
+        {("dopsd", name) for name in names}
+    assert len(lines) == len(found) == 8 * 3 + 2
+    assert found["dopsd", names[0]]["passes"] == 2 * 8 and found["dopsd", "v", 0.0, ""]["passes"] == 2 * 8
+    assert found["sft-teacher", ""]["passes"] == 2 * 5 and found["sum", ""]["passes"] == 0
+    for key, line in found.items():
+        kinds = {name.split(",")[0] for name in line["measures"]}
+        assert kinds == ({"ordinary"} if key[-1] == "" else {"concept"} | ({"ordinary"} if len(key) == 2 and key[0] ==
+                                                                             "dopsd" else set()))
+
+
+def test_students_have_learned_from_all_teachers(small):
+    (folder,) = (small / "runs").glob("merge-*/dopsd_seed0_*_loss-kl_noise-0.7")
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["loss"] == "kl" and options["noise"] == 0.7 and options["steps"] == 1
+    assert [path.rsplit("/", 2)[-2] for path in options["data"]] == ["captions"] * 2
+    for source, file in zip(options["data"], options["teacher_lora"]):
+        assert source.rsplit("/", 1)[-1] in file and file.endswith("student.safetensors")
+    (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert len(line["losses"]) == 2
+
+
+def test_the_table(small):
+    results = Results(small / "merge.jsonl")
+    assert (small / "merge.md").read_text() == merge.table(results)
+    one, two = results.facts["concepts"]
+    for number, line in enumerate(results.measured.values()):         # those of a random model are all alike
+        line["measures"] = {name: number / 100 + len(name) / 1000 for name in line["measures"]}
+    split = [line.strip("|")[1:-1].split(" | ") for line in merge.table(results).splitlines() if line.startswith("|")]
+    rows = {cells[0]: cells[1:] for cells in split}
+    assert set(ROWS) <= set(rows) and rows[""][:2] == [facts["words"] for facts in results.facts["concepts"].values()]
+    for label, (method, options) in ROWS.items():
+        found = {point.run.concept: line["measures"] for point, line in results.measured.items()
+                 if (point.run.method, point.run.options) == (method, options)}
+        usual = [found[one], found[two]] if label == "teacher alone" else [found[""]]
+        numbers = [found[one]["concept"], found[two]["concept"], (found[one]["concept"] + found[two]["concept"]) / 2,
+                   *(sum(m[name] for m in usual) / len(usual) for name in ("ordinary", "ordinary, decided"))]
+        assert rows[label][:5] == [f"{number:.3f}" for number in numbers]
+    assert rows["teacher alone"][5:] == ["2", "16"] and rows["merged, v, ODE"][5:] == ["1", "16"]
+    assert rows["average"][5:] == ["", ""]
+
+
+def test_the_second_time_nothing_is_done(small, checkpoint, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("runs/**/*") if path.is_file()}
+    content = (small / "merge.jsonl").read_bytes()
+    monkeypatch.setattr(merge, "Laboratory", None)
+    assert merge.run(TINY, small, model=checkpoint) == 0
+    assert (small / "merge.jsonl").read_bytes() == content
+    assert before == {path: path.stat().st_mtime_ns for path in small.rglob("runs/**/*") if path.is_file()}
+    with pytest.raises(InputError, match="protocol.rounds was 1 and is now 2"):
+        merge.run(dataclasses.replace(TINY, rounds=2), small, model=checkpoint)
+
+
+def test_interrupted_and_continued_is_the_same(small, quick_start, checkpoint, tmp_path, capsys):
+    """Half a line at the end, the folders of the runs gone: teachers are trained anew, not measured again."""
+    content = (small / "merge.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "merge.jsonl").write_text("".join(content[:-1]) + content[-1][:20])
+    assert merge.main(["--report", "--out", str(tmp_path)]) == 0
+    assert "| not run | not run | " in (tmp_path / "merge.md").read_text()
+    assert merge.run(TINY, tmp_path, model=checkpoint) == 0
+    assert f"line {len(content)}: not a whole line" in capsys.readouterr().err
+    assert lines_of(tmp_path) == lines_of(small)
+    assert len(list((tmp_path / "runs").glob("merge-*/*/student.safetensors"))) == 3       # two teachers, one student
+    assert (tmp_path / "merge.md").read_text() == (small / "merge.md").read_text()
+
+
+def test_spread_over_seeds():
+    values = ((0, .2), (0, .4), (1, .5), (1, .7), (2, .9))
+    lines = [{"seed": seed, "measures": {"concept": value}} for seed, value in values]
+    assert merge.spread(lines, "concept", 2) == "0.450 ± 0.212"                             # seed 2 is not whole
+    assert merge.spread(lines, "ordinary", 1) == "not run"
+
+
+def test_two_processes_make_the_same(small, checkpoint, tmp_path):
+    """What needs no training is measured again, by workers that load their own models."""
+    out = Path(shutil.copytree(small, tmp_path / "copy"))
+    lines = (out / "merge.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"method": "sum"' not in line and '"method": "average"' not in line]
+    assert len(lines) - len(kept) == 6
+    (out / "merge.jsonl").write_text("".join(kept))
+    assert merge.run(TINY, out, workers=2, model=checkpoint) == 0
+    assert sorted(map(json.dumps, lines_of(out))) == sorted(map(json.dumps, lines_of(small)))
+
+
+def test_a_failing_run_is_one_line(quick_start, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(merge.train, "main", lambda words: 1 / 0)
+    assert merge.run(TINY, tmp_path, model=checkpoint) == 1
+    errors = capsys.readouterr().err
+    assert "ZeroDivisionError: division by zero (log: " in errors and "failed runs: 9" in errors
+    assert "error: sum: " in errors and "no such file" in errors
+    with pytest.raises(InputError, match="--workers 0"):
+        merge.main(["--workers", "0"])
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+def test_sum_and_average_against_dense_matrices():
+    model = random_transformer()
+    first, second = fill_b(lora.create(model, 3, 6, seed=1), 1), fill_b(lora.create(model, 2, 1, seed=2), 2)
+    missing = next(iter(first.weights))
+    second = lora.Adapter({name: pair for name, pair in second.weights.items() if name != missing}, 2, 1)
+
+    def change(adapter: lora.Adapter, name: str):
+        A, B = adapter.weights[name]
+        return adapter.scale * B @ A
+    for weight in (1.0, 0.5):
+        found = combined([first, second], weight)
+        assert found.weights.keys() == first.weights.keys() and found.scale == 1
+        for name in found.weights:
+            dense = change(first, name) + (change(second, name) if name != missing else 0)
+            torch.testing.assert_close(change(found, name), weight * dense)
+    assert not any(tensor.requires_grad for tensor in found.parameters())
+    x, context = torch.randn(1, 8, 16, 16, generator=seeded(3)), [torch.randn(5, 128, generator=seeded(4))]
+    doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
+    torch.testing.assert_close(model.velocity(x, 0.7, context, combined([first, first])),
+                               model.velocity(x, 0.7, context, doubled), rtol=1e-4, atol=1e-4)
+
+
+def test_concepts_and_captions(tmp_path):
+    found = merge_plan.prepare(FULL, tmp_path)
+    assert [c.kind for c in found] == ["object"] * 3 + ["style"]
+    rows = torch.tensor([c.row for c in found])
+    assert len(set(rows[:3, COLUMN["shape"]].tolist())) == 3
+    assert held_out_object(rows[:3]).all() and held_out_style(rows[3:]).all()
+    for concept in found:
+        shape = concept.words.split()[-1]
+        shown = [row.captions[0] for row in data.read_folder(concept.folder)]
+        folder = merge_plan.captions_folder(concept)
+        texts = [row.captions[0] for row in data.read_folder(folder, captions_suffice=True)]
+        tested = merge_plan.new_prompts(concept, FULL).captions
+        assert len(shown) == 4 and len(set(texts)) == len(texts) == 40 and not set(texts) & set(tested)
+        assert texts == captions_of(concept, FULL)
+        for text in shown + texts + tested:
+            assert text.count("[V]") == 1
+            assert f"[V] {shape}" in text if concept.kind == "object" else text.endswith("in [V] style")
+    assert merge_plan.prepare(FULL, tmp_path) == found
+
+
+def test_the_image_teacher_understands_class_words(tmp_path):
+    """Captions such as "a big [V] star on mint" were not in its training; the adapters to merge are learned from it."""
+    found = merge_plan.prepare(QUICK, tmp_path)[:3]
+    asked = dataclasses.replace(QUICK, concept_prompts=4)
+    judge = Judge(EMBEDDED)
+    for concept in found:
+        prompts = merge_plan.new_prompts(concept, asked)
+        pictures = [data.to_tensor(data.open_image(row.image)) for row in data.read_folder(concept.folder)]
+        contexts = judge.features.contexts(prompts.captions, torch.cat(pictures))
+        drawn = judge.draw(contexts, judge.noise(4, seeded(0)))
+        scores = of_concept(judge.reader(drawn), prompts)
+        assert scores["concept"] > 0.8 and scores["concept, rest"] > 0.8
+
+
+def test_all_runs_by_hand(tmp_path):
+    found = merge_plan.prepare(QUICK, tmp_path)
+    plan = Plan(FULL, tuple(found), EMBEDDED, tmp_path / "runs")
+    first, second = plan.jobs()
+    assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
+    points = [point for job in first + second for point in job.points]
+    assert len(set(points)) == len(points) == 5 + 12 + 21 * 5
+    trained = [job.run.name for job in first + second if job.run.method in merge_plan.TRAINED]
+    assert len(set(trained)) == len(trained) == 12 + 15
+    assert {point.step for point in points} == {0, plan.recipe.steps, 150} and FULL.teacher_steps is None
+    assert [job.run for job in plan.with_lost([], second)] == [job.run for job in first[1:]]
+    assert merge_plan.left(first, Results(tmp_path / "none.jsonl", {})) == first
