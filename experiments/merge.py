@@ -149,11 +149,11 @@ def table(results: Results) -> str:
         rows.append([label, *cells])
     head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *MEASURES[1:], "steps",
             "passes"]
-    about = (f"Settings {results.key}, seeds {', '.join(map(str, s['seeds']))}: {s['concept_prompts']} prompts with [V] "
-             f"for each concept, {s['ordinary_prompts']} ordinary ones. Concept columns: share of the concept's attributes that "
-             "are right. ± is the standard deviation over seeds; the base has none. The row of the teachers has in "
-             "each concept's column its own teacher, in the others the mean over all of them. Passes: forward passes "
-             "of batches for one seed (teachers: for one of them).")
+    about = (f"Settings {results.key}, seeds {', '.join(map(str, s['seeds']))}: {s['concept_prompts']} prompts with "
+             f"[V] for each concept, {s['ordinary_prompts']} ordinary ones. Concept columns: share of the concept's "
+             "attributes that are right. ± is the standard deviation over seeds; the base has none. The row of the "
+             "teachers has in each concept's column its own teacher, in the others the mean over all of them. Passes: "
+             "forward passes of batches for one seed (teachers: for one of them).")
     return "\n\n".join(["# Several adapters into one", about, *markdown(head, rows)]) + "\n"
 
 
