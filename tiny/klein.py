@@ -58,8 +58,11 @@ GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
-def assemble(source: Path, folder: Path) -> None:
-    """Everything of `folder` but the transformer, from the embedded Z-Image in `source`."""
+def assemble(source: Path, folder: Path, pictures: int = 4096) -> None:
+    """Everything of `folder` but the transformer's weights, from the embedded Z-Image in `source`.
+
+    pictures: how many the statistics of latents are taken from.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
     old = len(tokenizer)
     tokenizer.backend_tokenizer.add_tokens(
@@ -80,13 +83,13 @@ def assemble(source: Path, folder: Path) -> None:
     fresh = torch.randn(size - old, WIDTH, generator=generator(7, 0)) * weights[name][:old].std()
     weights[name] = torch.cat([weights[name][:old], fresh])                                   # new words, never trained
     write_tensors(folder / "text_encoder" / "model.safetensors", weights, {"format": "pt"})
-    assemble_vae(source, folder)
+    assemble_vae(source, folder, pictures)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "transformer" / "config.json", CONFIG)
     write_json(folder / "model_index.json", INDEX)
 
 
-def assemble_vae(source: Path, folder: Path, pictures: int = 4096) -> None:
+def assemble_vae(source: Path, folder: Path, pictures: int) -> None:
     """The same autoencoder under FLUX.2's class: statistics of packed latents in the place of shift and scale."""
     config = read_json(source / "vae" / "config.json")
     kept = {key: value for key, value in config.items()
@@ -177,6 +180,8 @@ class Edits:
         sources, targets, changes = [], [], []
         while sum(map(len, sources)) < count:
             source, fresh = draw_scenes(1024, g), draw_scenes(1024, g, held_out=held_out)
+            if held_out:                                  # an object that is only moved is the same before
+                source[::2] = draw_scenes(512, g, held_out=held_out)
             which, target = torch.randint(len(names), (1024,), generator=g), source.clone()
             for number, name in enumerate(names):
                 target[which == number] = changed(source, fresh, name)[which == number]
