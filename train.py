@@ -3,6 +3,7 @@
     python train.py --data examples/star                               # the embedded model, on a laptop
     python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo        # a real one, on a CUDA GPU
     python train.py --data DIR --model black-forest-labs/FLUX.2-klein-4B
+    python train.py --data A B --teacher-lora a.safetensors b.safetensors   # two adapters into one (arXiv 2605.15055)
 
 arXiv 2605.05204, Section 3. For every batch the student walks the few-step sampler from pure noise (rollout.py, Eq. 3).
 At each state it visits, the EMA teacher, shown the target image (features.py, Eq. 4), says which velocity it would take
@@ -209,7 +210,7 @@ def dopsd_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator)
         if cfg.method == "off-policy":
             point.follow(v_teacher)                                                 # else the teacher's own states
         loss = objectives.dopsd(point, v_teacher, cfg.loss) / len(learned)          # Eq. 7: mean over the K states
-        (loss / sides.share).backward()                                              # one graph alive at a time
+        (loss / sides.share).backward()                                             # one graph alive at a time
         total += loss.item()
     return total
 
