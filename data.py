@@ -286,21 +286,16 @@ class Example:
         """The training crop: what the VAE encodes and what the teacher is shown; None for captions alone."""
         return crop(open_image(self.row.image), self.shape) if self.row.image else None
 
-    def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x0 (C, h, w), and the latents of the sources, each in its own shape."""
+    def read(self, caption: int) -> tuple[Tensor, Context, Context | None]:
+        """x0 (C, h, w), and the student's and the teacher's context (Eq. 4) with one of the captions."""
         with open_safetensors(self.file) as stored:
-            return stored.get_tensor("latents"), tuple(stored.get_tensor(f"source.{j}")
-                                                       for j in range(len(self.row.sources)))
-
-    def contexts(self, caption: int) -> tuple[Context, Context | None]:
-        """The student's and the teacher's context (Eq. 4) with one of the captions."""
-        x0, sources = self.latents()
-        with open_safetensors(self.file) as stored:
+            x0 = stored.get_tensor("latents")
+            sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
             student = Context(stored.get_tensor(f"student.{caption}"), sources)
             if not self.teacher:
-                return student, None
-            return student, Context(stored.get_tensor(f"teacher.{caption}"),
-                                    teacher_references(self.teacher, sources, x0))
+                return x0, student, None
+            return x0, student, Context(stored.get_tensor(f"teacher.{caption}"),
+                                        teacher_references(self.teacher, sources, x0))
 
 
 @dataclass(frozen=True)
@@ -346,8 +341,8 @@ class Dataset:
             rng = generator(self.seed, "caption", step, index)
             drawn = int(torch.randint(len(example.row.captions), (), generator=rng))
             captions.append(example.row.captions[drawn])
-            latents.append(example.latents()[0])
-            c_s, c_t = example.contexts(drawn)
+            x0, c_s, c_t = example.read(drawn)
+            latents.append(x0)
             student.append(c_s)
             teacher += [c_t] if c_t else []
         return Batch(torch.stack(latents), student, teacher, captions, indices)

@@ -38,10 +38,14 @@ class Features:
     """The data set and the panel's contexts of a run. Made in two steps, so that `fingerprint` is known before anything
     is written."""
 
-    def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, teacher: str, device: torch.device,
-                 dtype: torch.dtype) -> None:
-        """cfg: train.Options; teacher: the kind of its context, "" without a teacher. Raises InputError."""
-        self.cfg, self.folder, self.recipe, self.device, self.dtype = cfg, folder, recipe, device, dtype
+    def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, teacher: str, cache: Path,
+                 device: torch.device, dtype: torch.dtype) -> None:
+        """cfg: train.Options; teacher: the kind of its context, "" without a teacher; cache: folder of the features.
+
+        Raises InputError.
+        """
+        self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
+        self.device, self.dtype = device, dtype
         self.multiple, self.area, self.teacher_kind = pixels_per_patch(folder), cfg.size ** 2, teacher
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
         self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if teacher == "vlm" else None
@@ -49,19 +53,19 @@ class Features:
                              files.transformer_class(folder), teacher,
                              files.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
                              str(recipe.image_pixels)])
-        placed = [(row, nearest_shape(row.size, self.shapes)) for row in rows]
-        self.keys = [content_key(row, shape, self.area, self.key) for row, shape in placed]
-        self.fingerprint = hashlib.sha256(" ".join(self.keys).encode()).hexdigest()
+        self.examples = place(rows, self.shapes, self.area, cache, self.key, teacher)
+        self.fingerprint = hashlib.sha256(" ".join(e.file.stem for e in self.examples).encode()).hexdigest()
         self.rows = rows
 
-    def encode(self, cache: Path, with_unrelated: bool = True) -> None:
-        """Fill the folder `cache` with what is missing there; then everything below is known. Raises InputError.
+    def encode(self, with_unrelated: bool = True) -> None:
+        """Fill the cache with what is missing there; then everything below is known. Raises InputError.
 
         with_unrelated: whether the panel ends with a prompt that has nothing to do with the data.
         """
         prompts = self.panel_rows() + ([(self.recipe.unrelated, None)] if with_unrelated else [])
-        panel_key = hashlib.sha256(f"{self.key}{prompts}{self.keys[:2]}".encode()).hexdigest()[:40]
-        panel_file = cache / f"panel-{panel_key}.safetensors"
+        shown = [example.file.stem for example in self.examples[:2]]
+        panel_key = hashlib.sha256(f"{self.key}{prompts}{shown}".encode()).hexdigest()[:40]
+        panel_file = self.cache / f"panel-{panel_key}.safetensors"
 
         def load_encoder() -> encoder.Encoder:
             reader = encoder.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
@@ -69,23 +73,22 @@ class Features:
             self.encode_panel(reader, prompts, panel_file)              # while it is in memory
             return reader
 
-        examples = prepare(self.rows, self.shapes, self.multiple, self.area, cache, self.key,
-                           lambda: autoencoder.load(self.folder, self.device), load_encoder, self.teacher_kind,
-                           self.device)
-        self.dataset = data.Dataset(examples, self.cfg.batch_size, self.cfg.seed)
+        prepare(self.examples, self.multiple, self.area, lambda: autoencoder.load(self.folder, self.device),
+                load_encoder, self.device)
+        self.dataset = data.Dataset(self.examples, self.cfg.batch_size, self.cfg.seed)
         if files.read_tensors(panel_file) is None:
             load_encoder()
             free()
         texts = files.read_tensors(panel_file)
         self.panel = []
         for i, (prompt, index) in enumerate(prompts):
-            example = None if index is None else examples[index]
-            x0, sources = example.latents() if example else (None, ())
+            example = None if index is None else self.examples[index]
+            x0, c_s, _ = example.read(0) if example else (None, Context(texts[f"student.{i}"]), None)
             text = texts.get(f"teacher.{i}", texts[f"student.{i}"])
             self.panel.append(PanelRow(
-                prompt, example and example.target(), Context(texts[f"student.{i}"], sources),
-                Context(text, data.teacher_references(self.teacher_kind, sources, x0)),
-                open_image(example.row.sources[0]) if sources else None))
+                prompt, example and example.target(), Context(texts[f"student.{i}"], c_s.references),
+                Context(text, data.teacher_references(self.teacher_kind, c_s.references, x0)),
+                open_image(example.row.sources[0]) if c_s.references else None))
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
         """(prompt, image that the teacher is shown): two training pairs and new prompts."""
@@ -108,20 +111,28 @@ class Features:
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
-def prepare(rows: list[Row], shapes: list[Shape], multiple: int, area: int, cache: Path, key: str, load_vae: Callable,
-            load_encoder: Callable, teacher: str = "vlm", device: torch.device | str = "cpu") -> list[Example]:
-    """Put every row into a bucket and make sure that its features are in the folder `cache`. Raises InputError.
+def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str, teacher: str = "vlm"
+          ) -> list[Example]:
+    """Every row in its bucket, with the name of its file in the folder `cache`, which follows from all content.
 
-    shapes, multiple, area: `data.bucket_shapes`, and of `data.fit` for source images. key: names all else that the
-    features depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options.
-    load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h, w). load_encoder() -> object with
-    text_context(prompts) and teacher_texts(kind, prompts, targets, sources) -> list of (L, D). Both are called only if
-    something is missing, one after the other; what they return is freed before the next and before this returns.
-    teacher: kind of its contexts, "" leaves them out (`--method sft`).
+    shapes, area: `data.bucket_shapes`, and of `data.fit` for source images. key: names all else that the features
+    depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. teacher: kind of its
+    contexts, "" leaves them out (`--method sft`).
     """
     placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
-    examples = [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", teacher)
-                for row, shape in placed]
+    return [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", teacher)
+            for row, shape in placed]
+
+
+def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callable, load_encoder: Callable,
+            device: torch.device | str = "cpu") -> None:
+    """Make sure that the features of all examples are in their files. Raises InputError.
+
+    multiple, area: of `data.fit`. load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h,
+    w). load_encoder() -> object with text_context(prompts) and teacher_texts(kind, prompts, targets, sources) -> list
+    of (L, D). Both are called only if something is missing, one after the other; what they return is freed before the
+    next and before this returns.
+    """
     warn_enlarged(examples)
     missing = list({example.file: example for example in examples if not example.is_cached()}.values())
     if missing:
@@ -129,7 +140,6 @@ def prepare(rows: list[Row], shapes: list[Shape], multiple: int, area: int, cach
         free()
         encode_contexts(missing, latents, load_encoder)
         free()
-    return examples
 
 
 @torch.no_grad()

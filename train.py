@@ -348,12 +348,13 @@ def main(argv: list[str] | None = None) -> int:
         if teacher != IMAGE:
             lora.load(Path(teacher), skeleton)
     memory = check_memory(folder, device, dtype)
-    features = [Features(cfg, part, folder, recipe, shown if teacher == IMAGE else "", device, dtype)
+    cache = Path(cfg.cache) if cfg.cache else out / "cache"
+    features = [Features(cfg, part, folder, recipe, shown if teacher == IMAGE else "", cache, device, dtype)
                 for part, teacher in zip(rows, teachers)]
     fingerprint = " ".join(part.fingerprint for part in features)
     open_run(cfg, out, fingerprint)                                     # nothing is written before this line
     for part in features:                                               # loads VAE and encoders, and frees them
-        part.encode(Path(cfg.cache) if cfg.cache else out / "cache", with_unrelated=part is features[-1])
+        part.encode(with_unrelated=part is features[-1])
     model = backbone.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
     tasks = [Task(name, part.dataset, None if teacher == IMAGE else lora.load(Path(teacher), model))

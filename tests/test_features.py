@@ -77,8 +77,10 @@ class Loader:
         return model
 
     def prepare(self, folder, cache, key="model", size=16, **options):
-        return features.prepare(read_folder(folder), bucket_shapes(size, 8), 8, size ** 2, cache, key,
-                                lambda: self.load(FakeVae), lambda: self.load(FakeEncoder), **options)
+        area = size ** 2
+        examples = features.place(read_folder(folder), bucket_shapes(size, 8), area, cache, key, **options)
+        features.prepare(examples, 8, area, lambda: self.load(FakeVae), lambda: self.load(FakeEncoder))
+        return examples
 
 
 def test_cache_is_filled_once(tmp_path, capsys):
