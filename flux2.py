@@ -33,6 +33,7 @@ from files import InputError
 from lora import Adapter, AdapterBlock, linear
 from model import Context, rope_table, rotate
 from rollout import UNSUPPORTED, time_grid
+from vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
 
 CLASS = "Flux2Transformer2DModel"  # _class_name in transformer/config.json
 REFERENCES = True                  # takes reference images beside the text
@@ -41,7 +42,6 @@ KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attenti
         "guidance_embeds")
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True,
              "time_shift_type": "exponential"}  # what `time_shift` computes
-SQUARE = 2           # side of the squares of latents that are packed into tokens
 TIME_SCALE = 1000.0  # the network was trained on this times sigma
 GAP = 10             # on the first position axis, reference image j is at 10 + 10 j and the image itself at 0
 
@@ -99,8 +99,7 @@ def patch_size(config: dict) -> int:
 
 def draw_noise(generator: torch.Generator, channels: int, height: int, width: int) -> Tensor:
     """x at sigma = 1, (1, channels, height, width), the numbers that Flux2KleinPipeline draws: packed ones."""
-    packed = torch.randn(1, channels * SQUARE ** 2, height // SQUARE, width // SQUARE, generator=generator)
-    return rearrange(packed, "b (c p q) h w -> b c (h p) (w q)", p=SQUARE, q=SQUARE)
+    return unpack(torch.randn(1, channels * SQUARE ** 2, height // SQUARE, width // SQUARE, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------------- pieces

@@ -19,7 +19,6 @@ Constants and the list of runs: merge_plan.py.
 """
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from experiments.protocol import BASE, Job, Run, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, fingerprint, line_of
 from experiments.table import facts_of
-from experiments.work import saved_step, train_words, work
+from experiments.work import call_train, saved_step, train_words, work
 from files import InputError, check_writable, write_bytes
 from options import EMBEDDED, ROOT, model_folder, option, parse, run as run_program
 from tiny.score import Judge, of_concept, of_ordinary, ordinary_prompts
@@ -110,13 +109,9 @@ class Laboratory:
         folder = self.plan.folder(run)
         words = [*map(str, words), "--model", str(self.plan.model), "--out", str(folder), "--cache", str(self.cache),
                  *train_words(run, steps), *(["--resume"] if saved_step(folder / train.STATE) else [])]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(self.log(run), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            if train.main(words) == 130:
-                raise KeyboardInterrupt
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        seconds = call_train(words, folder, self.log(run), steps)
         passes = steps * tasks * passes_per_step(run.method, self.plan.recipe.rollout_steps)
-        return passes, sum(line["seconds"] for line in lines), lora.load(self.plan.file(run), self.judge.net)
+        return passes, seconds, lora.load(self.plan.file(run), self.judge.net)
 
 
 def perform(title: str, jobs: list[Job], workers: int, plan: Plan, results: Results) -> int:

@@ -82,13 +82,7 @@ class Laboratory:
             saved = [0]
         words = ["--data", str(concept.folder), "--model", str(self.model), "--out", str(folder), "--cache",
                  str(self.cache), *train_words(run, step), *(["--resume"] if saved[0] else [])]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(self.log(run), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            status = train.main(words)
-        if status == 130:
-            raise KeyboardInterrupt
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        seconds = sum(line["seconds"] for line in lines if line["step"] <= step)
+        seconds = call_train(words, folder, self.log(run), step)
         return seconds, lora.load(folder / "student.safetensors", self.judge.net)
 
     def keep_pictures(self, point: Point, shown: list, prompts: list[str]) -> None:
@@ -99,6 +93,17 @@ class Laboratory:
         if in_table and point.sampler == self.plan.sampler and run.concept in self.plan.curve_concepts:
             strip = grid(torch.stack([p for p in shown if p is not None]), columns=len(shown), scale=1)
             save_png(strip, picture_file(self.out, run), {"prompts": json.dumps(prompts)})
+
+
+def call_train(words: list[str], folder: Path, log: Path, step: int) -> float:
+    """Run train.py into `folder`, with what it prints in `log`; seconds that its steps until `step` took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        status = train.main(words)
+    if status == 130:
+        raise KeyboardInterrupt
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return sum(line["seconds"] for line in lines if line["step"] <= step)
 
 
 def train_words(run: Run, step: int) -> list[str]:

@@ -31,7 +31,8 @@ from model import Context
 from tiny.stage import generator
 from tiny.train_vlm import draw_concepts, other_view
 from tiny.vlm import WIDTH
-from tiny.world import COLUMN, Renderer, caption, draw_marks, draw_scenes, held_out_object, random_tell, words
+from tiny.world import (PLACE_TOLD, COLUMN, Renderer, caption, draw_marks, draw_scenes, held_out_object, random_prompts,
+                        random_tell, words)
 
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
@@ -45,7 +46,6 @@ INDEX = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0", "i
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
          "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"]}
-PLACE_TOLD = 0.6                              # as in pretrain.py
 TOKENS = 56                                   # of every text context; the longest prompt of this world has about 50
 NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", "image", "The", "last", "shows",
              "wanted", "result", "make", "move", "paint", "put", "it", "to")
@@ -263,12 +263,7 @@ class Lessons:
         return kind, pool["x0"][pick], context, told
 
     def of_text(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
-        chance, prompts = torch.rand(len(pick), generator=g).tolist(), []
-        for row, u in zip(pool["rows"][pick], chance):
-            tell = random_tell(g, PLACE_TOLD)
-            prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
-                           else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
-        context = self.features.contexts(prompts)
+        context = self.features.contexts(random_prompts(pool["rows"][pick], g))
         return context, context
 
     def of_concept(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):

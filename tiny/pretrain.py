@@ -25,7 +25,7 @@ from tiny import klein
 from tiny.stage import Stage, generator, join
 from tiny.train_vlm import draw_concepts, other_view
 from tiny.vlm import WIDTH, Features, build_config
-from tiny.world import Renderer, caption, draw_scenes, grid, random_tell
+from tiny.world import Renderer, caption, draw_scenes, grid, random_prompts, random_tell
 
 CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
           "all_f_patch_size": [1], "in_channels": 8, "dim": 128, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4,
@@ -34,7 +34,6 @@ CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
              "num_train_timesteps": 1000, "shift": 10.0, "use_dynamic_shifting": False}
 TRAIN_SHIFT = 6.0                           # of the noise levels in training: a little more of the low ones
-PLACE_TOLD = 0.6                            # in training captions; to choose a place is harder than to be told one
 INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -82,13 +81,7 @@ class Contexts:
         self.features, self.render = features, render
 
     def text(self, rows: Tensor, g: torch.Generator) -> list[Tensor]:
-        chance = torch.rand(len(rows), generator=g)
-        prompts = []
-        for row, u in zip(rows, chance.tolist()):
-            tell = random_tell(g, PLACE_TOLD)
-            prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
-                           else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
-        return self.features.contexts(prompts)
+        return self.features.contexts(random_prompts(rows, g))
 
     def image(self, rows: Tensor, kind: str, g: torch.Generator) -> tuple[list[Tensor], list[str]]:
         """Contexts, and for each a prompt that says the same in words alone: the concept's words instead of [V]."""

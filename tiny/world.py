@@ -35,6 +35,8 @@ LINES = {"flat": None, "ink": (24, 22, 30), "chalk": (255, 255, 255), "teal": (0
 TEXTURES = ("spotted", "ruled", "checked", "crossed")
 SHADE = 0.74                                    # a mark darkens the backdrop to this fraction
 
+PLACE_TOLD = 0.6                                # in training captions; to choose a place is harder than to be told one
+
 ATTRIBUTES = {"shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES), "pattern": PATTERNS,
               "main": tuple(COLOURS), "second": tuple(COLOURS), "backdrop": tuple(BACKDROPS), "line": tuple(LINES),
               "texture": TEXTURES}
@@ -132,6 +134,16 @@ def random_tell(generator: torch.Generator, place: float = 0.9) -> tuple[str, ..
     tell += ["backdrop"] if u[2] < 0.75 else []
     tell += ["main", "pattern"] if u[3] < 0.8 else ["main"] if u[4] < 0.7 else []
     return tuple(tell)
+
+
+def random_prompts(rows: Tensor, generator: torch.Generator) -> list[str]:
+    """Training captions of scenes (n, 9): some are empty, and some say [V], of which there is no picture."""
+    chance, prompts = torch.rand(len(rows), generator=generator).tolist(), []
+    for row, u in zip(rows, chance):
+        tell = random_tell(generator, PLACE_TOLD)
+        prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
+                       else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
+    return prompts
 
 
 # --------------------------------------------------------------------------------------------------- rendering
