@@ -3,10 +3,11 @@
 A cell that nobody measured says "not run".
 """
 from collections.abc import Sequence
+from itertools import pairwise
 
 from experiments.compare import Paired, mean_and_spread, paired
 from experiments.measure import MEASURES
-from experiments.protocol import BASE, METHODS, TEACHER, VALIDATION, Plan, Point, Run, from_facts
+from experiments.protocol import BASE, LONGER, METHODS, TEACHER, VALIDATION, Plan, Point, Run, from_facts
 from experiments.results import Results, choose_rates, score_of_rate
 
 NOT_RUN = "not run"
@@ -105,24 +106,44 @@ class Report:
                           f"{self.rates[method]:g}" if method in self.rates else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in self.settings.rates), "chosen"], table)
 
-    def curve_table(self, curves: dict[str, dict[int, list[Point]]]) -> list[str]:
+    def curve_table(self, curves: dict[str, dict[int, list[Point]]], longer: tuple[int, ...] = ()) -> list[str]:
         """concept / ordinary / decided of each curve at each step."""
-        steps = [0, *self.settings.curve_steps]
-        table = [[NAMES.get(label, label), *(self.triple(curve.get(step, [])) for step in steps)]
+        steps = [0, *self.settings.curve_steps, *longer]
+        table = [[NAMES.get(label, label), *(self.triple(curve.get(step, [])) if step in curve or not curve else ""
+                                             for step in steps)]
                  for label, curve in curves.items()]
         return markdown(["step", *map(str, steps)], table)
+
+    def at_equal_concept(self, curves: dict[str, dict[int, list[Point]]]) -> list[str]:
+        """The other measures where a curve reaches `part` of the teacher's concept fidelity, between measured steps."""
+        goal = self.goal()
+        table = []
+        for label, curve in curves.items():
+            means = {step: [self.mean(points, measure) for measure in DRAWN] for step, points in sorted(curve.items())}
+            if goal is None or not means or any(None in values for values in means.values()):
+                table.append([NAMES.get(label, label), *[NOT_RUN] * len(DRAWN)])
+                continue
+            found = crossing(means, goal)
+            cells = [number(value) for value in found[2:]] if found else [""] * (len(DRAWN) - 1)
+            table.append([NAMES.get(label, label), f"{found[0]:.0f}" if found else f"later than {max(means)}", *cells])
+        return markdown(["", "step", *DRAWN[1:]], table)
 
     def triple(self, points: list[Point]) -> str:
         cells = [number(self.mean(points, measure)) for measure in DRAWN]
         return NOT_RUN if NOT_RUN in cells else " / ".join(cells)
 
+    def goal(self) -> float | None:
+        """Concept fidelity that counts as learned: `part` of the teacher's."""
+        mean = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
+        return None if mean is None else self.settings.part * mean
+
     def learned_at(self, curve: dict[int, list[Point]]) -> str:
         """The first measured step with `part` of the teacher's concept fidelity, of means over concepts."""
-        goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
+        goal = self.goal()
         means = {step: self.mean(points, "concept") for step, points in curve.items()}
         if goal is None or not means or None in means.values():
             return NOT_RUN
-        found = [step for step, mean in sorted(means.items()) if mean >= self.settings.part * goal]
+        found = [step for step, mean in sorted(means.items()) if mean >= goal]
         return str(found[0]) if found else f"later than {max(means)}"
 
     def lessons(self) -> list[str]:
@@ -179,12 +200,27 @@ class Report:
             *self.learning_rates(), "## Curves", "Each cell: " + " / ".join(DRAWN) + "; mean over "
             + ", ".join(plan.curve_concepts) + "; one seed."]
         for title, curves in plan.curves(self.rates).items():
-            parts += [f"By {title}:", *self.curve_table(curves)]
+            parts += [f"By {title}:", *self.curve_table(curves), f"At equal concept fidelity, {s.part:g} of the "
+                      "teacher's (straight lines between measured steps):", *self.at_equal_concept(curves)]
         if s.lessons:
             parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
-                      "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", *self.samplers()]
+                      "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", *self.samplers(),
+                      "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
+                      "curves.", *self.curve_table(plan.causes(self.rates), (LONGER,))]
         parts += ["## The measures themselves", "On true renderings and on damaged ones:", *self.validation()]
         return "\n\n".join(parts) + "\n"
+
+
+def crossing(curve: dict[int, list[float]], goal: float) -> list[float] | None:
+    """[step, *values] where the first value of a curve reaches `goal` for the first time; None if it never does."""
+    rows = [[step, *values] for step, values in sorted(curve.items())]
+    if rows[0][1] >= goal:
+        return rows[0]
+    for before, after in pairwise(rows):
+        if after[1] >= goal:
+            share = (goal - before[1]) / (after[1] - before[1])
+            return [a + share * (b - a) for a, b in zip(before, after)]
+    return None
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ import loss as objectives
 import train
 from experiments import concepts, measure, results, table, work
 from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
-from experiments.report import NOT_RUN, Report
+from experiments.report import NOT_RUN, Report, crossing
 from experiments.results import Results, choose_rates, line_of
 from files import InputError
 from options import EMBEDDED, ROOT, parse
@@ -274,7 +274,7 @@ def test_what_several_tables_ask_for_is_run_once():
     jobs = plan.jobs(parts, set())
     assert len({job.run for job in jobs}) == len(jobs)
     trained = [job.run for job in jobs if job.run.is_trained]
-    assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3                        # tables, teachers, lessons: shared runs once
+    assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3 + 2 * 3      # tables, teachers, lessons, causes: shared runs once
     assert jobs[0].points[-1].step == 1200 or len(jobs[0].points) >= 5
     done = {jobs[0].points[0]}
     assert plan.jobs(parts, done)[0].points == jobs[0].points[1:]
@@ -323,6 +323,15 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
         for point in curve[step]:
             report.results.measured[point]["measures"]["concept"] = fidelity
     assert report.learned_at(curve) == "50"                              # .8 of .9
+    (row,) = [line for line in report.at_equal_concept({"x": curve})[0].splitlines() if line.startswith("| x")]
+    assert row.startswith("| x | 38 | ")                                 # .72 lies in the middle of 25 and 50
+
+
+def test_where_a_curve_crosses_a_goal():
+    curve = {0: [0.1, 1.0], 10: [0.5, 0.8], 20: [0.4, 0.6], 40: [0.9, 0.2]}
+    assert crossing(curve, 0.3) == pytest.approx([5, 0.3, 0.9])
+    assert crossing(curve, 0.65) == pytest.approx([30, 0.65, 0.4]) and crossing(curve, 0.05) == [0, 0.1, 1.0]
+    assert crossing(curve, 0.95) is None
 
 
 # ---------------------------------------------------------------------------------------------------- measures
