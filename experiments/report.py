@@ -14,6 +14,7 @@ NOT_RUN = "not run"
 NAMES = {"dopsd": "D-OPSD", "sft": "SFT", "sft-teacher": "SFT on teacher samples", "off-policy": "off-policy",
          "pso": "PSO"}
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
+BESIDE = COMPARED[1:]                                               # what table 3 compares, at equal concept fidelity
 DRAWN = ("concept", "ordinary", "ordinary, decided")                            # what curves show
 
 
@@ -75,14 +76,8 @@ class Report:
 
     def tests(self, equal: str) -> list[str]:
         """D-OPSD against each other method."""
-        ours = self.results.of(self.plan.table("dopsd", self.rates, equal))
-        table = []
-        for method in METHODS[:-1]:
-            theirs = self.results.of(self.plan.table(method, self.rates, equal))
-            found = {measure: paired(ours, theirs, measure) for measure in COMPARED}
-            count = next((p.count for p in found.values() if p), 0)
-            table.append([f"D-OPSD - {NAMES[method]}", *map(test_cell, found.values()), str(count)])
-        return markdown(["", *COMPARED, "pairs"], table)
+        return compared({method: self.results.of(self.plan.table(method, self.rates, equal)) for method in METHODS},
+                        COMPARED)
 
     def by_concept(self) -> list[str]:
         """Concept fidelity in table 1, mean over seeds."""
@@ -92,6 +87,38 @@ class Report:
                     for points in rows.values())]
                  for name, facts in self.concepts.items() if not facts["tuning"]]
         return markdown(["", *rows], table)
+
+    # ---------------------------------------------------------------------------------------------- table 3
+    def crossings(self, method: str) -> list[dict]:
+        """Where a run reaches `part` of the teacher's fidelity of its concept: lines for `compared`, one per concept.
+
+        Between measured steps a straight line. Concepts that are not reached in table 1's steps are left out.
+        """
+        lines = []
+        for concept in self.plan.test:
+            points = self.plan.early(method, self.rates, concept)
+            teacher = self.mean(self.plan.reference(TEACHER, [concept]), "concept")
+            measured = {step: self.results.measures([point]) for step, point in points.items()}
+            if not points or teacher is None or not all(measured.values()):
+                continue
+            found = crossing({step: [m["concept"], *(m[name] for name in BESIDE)] for step, (m,) in measured.items()},
+                             self.settings.part * teacher)
+            if found:
+                step, _, *values = found
+                lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": step,
+                              "measures": dict(zip(BESIDE, values))})
+        return lines
+
+    def at_equal_concept(self) -> tuple[list[str], list[str]]:
+        """Table 3 and its tests."""
+        found = {method: self.crossings(method) for method in METHODS}
+        base = self.results.measures(self.plan.reference(BASE, self.plan.test))
+        table = [[BASE, "0", *(with_spread([m[name] for m in base], "{:.3f}") for name in BESIDE), ""]]
+        for method, lines in found.items():
+            cells = [with_spread([line["measures"][name] for line in lines], "{:.3f}") for name in BESIDE]
+            table.append([NAMES[method], with_spread([line["step"] for line in lines], "{:.0f}", "{:.0f}"), *cells,
+                          f"{len(lines)} of {len(self.plan.test)}"])
+        return markdown(["", "step", *BESIDE, "concepts that reach it"], table), compared(found, BESIDE)
 
     # ---------------------------------------------------------------------------------------------- other tables
     def learning_rates(self) -> list[str]:
@@ -113,20 +140,6 @@ class Report:
                                              for step in steps)]
                  for label, curve in curves.items()]
         return markdown(["step", *map(str, steps)], table)
-
-    def at_equal_concept(self, curves: dict[str, dict[int, list[Point]]]) -> list[str]:
-        """The other measures where a curve reaches `part` of the teacher's concept fidelity, between measured steps."""
-        goal = self.goal()
-        table = []
-        for label, curve in curves.items():
-            means = {step: [self.mean(points, measure) for measure in DRAWN] for step, points in sorted(curve.items())}
-            if goal is None or not means or any(None in values for values in means.values()):
-                table.append([NAMES.get(label, label), *[NOT_RUN] * len(DRAWN)])
-                continue
-            found = crossing(means, goal)
-            cells = [number(value) for value in found[2:]] if found else [""] * (len(DRAWN) - 1)
-            table.append([NAMES.get(label, label), f"{found[0]:.0f}" if found else f"later than {max(means)}", *cells])
-        return markdown(["", "step", *DRAWN[1:]], table)
 
     def triple(self, points: list[Point]) -> str:
         cells = [number(self.mean(points, measure)) for measure in DRAWN]
@@ -184,7 +197,7 @@ class Report:
 
     # ---------------------------------------------------------------------------------------------- the document
     def text(self) -> str:
-        s, plan = self.settings, self.plan
+        s, plan, equal = self.settings, self.plan, self.at_equal_concept()
         parts = [
             "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
             f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
@@ -196,12 +209,15 @@ class Report:
             "Concept fidelity by concept, mean over seeds:", *self.by_concept(),
             "## Table 2: equal forward passes", *self.comparison("passes"), "Paired differences:",
             *self.tests("passes"),
+            "## Table 3: equal concept fidelity",
+            f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept: straight lines between steps "
+            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", *equal[0],
+            "Paired differences, over concepts:", *equal[1],
             "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
             *self.learning_rates(), "## Curves", "Each cell: " + " / ".join(DRAWN) + "; mean over "
             + ", ".join(plan.curve_concepts) + "; one seed."]
         for title, curves in plan.curves(self.rates).items():
-            parts += [f"By {title}:", *self.curve_table(curves), f"At equal concept fidelity, {s.part:g} of the "
-                      "teacher's (straight lines between measured steps):", *self.at_equal_concept(curves)]
+            parts += [f"By {title}:", *self.curve_table(curves)]
         if s.lessons:
             parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
                       "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", *self.samplers(),
@@ -229,12 +245,22 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["\n".join("| " + " | ".join(cells) + " |" for cells in lines)]
 
 
-def with_spread(values: list[float], form: str) -> str:
+def compared(lines: dict[str, list[dict]], measures: Sequence[str]) -> list[str]:
+    """D-OPSD against each other method, where both have the same concept and seed. lines: of each method."""
+    table = []
+    for method in METHODS[:-1]:
+        found = {measure: paired(lines["dopsd"], lines[method], measure) for measure in measures}
+        count = next((p.count for p in found.values() if p), 0)
+        table.append([f"D-OPSD - {NAMES[method]}", *map(test_cell, found.values()), str(count)])
+    return markdown(["", *measures, "pairs"], table)
+
+
+def with_spread(values: list[float], form: str, spread_form: str = "{:.3f}") -> str:
     """Mean ± standard deviation; a single value has none."""
     if not values:
         return NOT_RUN
     mean, spread = mean_and_spread(values)
-    return form.format(mean) + (f" ± {spread:.3f}" if len(values) > 1 else "")
+    return form.format(mean) + (f" ± {spread_form.format(spread)}" if len(values) > 1 else "")
 
 
 def number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """The experiments on the embedded model: D-OPSD beside its alternatives, with spread, tests and ablations.
 
-    python experiments/table.py --workers 2                 # everything; experiments/README.md says how long
+    python experiments/table.py --workers 2                 # tables and curves; experiments/README.md says how long
+    python experiments/table.py --workers 2 --lessons       # and what the numbers of the recipe do
     python experiments/table.py --quick --workers 2         # a small version, about ten minutes
     python experiments/table.py --report                    # tables and figures again, from results.jsonl
 
@@ -37,6 +38,7 @@ RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank"
 @dataclass
 class Options:
     quick: bool = option(False, "two concepts, one seed, given learning rates: about ten minutes on two cores")
+    lessons: bool = option(False, "also what the numbers of the recipe do, and why some claims of the paper fail")
     report: bool = option(False, "run nothing: tables and figures from the results that are there")
     method: list[str] = option([], f"run only this one of {', '.join(METHODS)}; repeatable")
     concept: list[str] = option([], "folder with 4 images of 64x64 and captions with [V], instead of the test "
@@ -109,7 +111,8 @@ def write_report(results: Results, out: Path) -> None:
         print(path)
 
 
-def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED, folders: list[Path] = ()) -> int:
+def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED, folders: list[Path] = (),
+        lessons: bool = False) -> int:
     """Measure what is missing, then write the report; the exit status. Raises InputError."""
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
@@ -123,6 +126,8 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     rates = choose_rates(plan, results)
     print("learning rates:", ", ".join(f"{method} {rate:g}" for method, rate in rates.items()) or "none", flush=True)
     progress.perform("second part", plan.jobs(plan.second_part(rates), set(results.measured)), workers, *arguments)
+    if lessons:
+        progress.perform("lessons", plan.jobs(plan.third_part(rates), set(results.measured)), workers, *arguments)
     write_report(results, out)
     if progress.failed:
         print(f"error: failed runs: {len(progress.failed)}, first {progress.failed[0]}; see above, then start again",
@@ -135,11 +140,14 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out or (ROOT / "out" / "quick-table" if options.quick else ROOT / "experiments" / "results"))
     if options.workers < 1:
         raise InputError(f"--workers {options.workers}: no process to work in; give 1 or more")
+    if options.quick and options.lessons:
+        raise InputError("--quick --lessons: the small version has none; leave one of them out")
     if options.report:
         write_report(Results(out / "results.jsonl"), out)
         return 0
     settings = dataclasses.replace(QUICK if options.quick else FULL, methods=tuple(options.method) or METHODS)
-    return run(settings, out, options.workers, model_folder(options.model), [Path(f) for f in options.concept])
+    return run(settings, out, options.workers, model_folder(options.model), [Path(f) for f in options.concept],
+               options.lessons)
 
 
 if __name__ == "__main__":

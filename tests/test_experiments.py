@@ -74,7 +74,7 @@ def test_a_small_table_end_to_end(small):
     found = {(line["method"], line["step"]): line for line in lines}
     assert set(found) == {("validation", 0), ("base", 0), ("teacher's view", 0), ("dopsd", 1), ("sft", 1), ("sft", 8)}
     assert found["dopsd", 1]["passes"] == found["sft", 8]["passes"] == 8
-    assert found["sft", 1]["groups"] == ["table 1", "curves"] and found["sft", 8]["groups"] == ["table 2"]
+    assert found["sft", 1]["groups"] == ["table 1", "table 3", "curves"] and found["sft", 8]["groups"] == ["table 2"]
     for key in (("base", 0), ("dopsd", 1), ("sft", 8)):
         assert list(found[key]["measures"]) and set(found[key]["measures"]) == set(measure.MEASURES)
     assert not any(name.startswith("ordinary") for name in found["teacher's view", 0]["measures"])
@@ -171,6 +171,7 @@ def test_a_whole_last_line_without_its_end_is_kept(small, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["--method", "dreambooth"], "--method dreambooth: unknown; choose from sft, "),
     (["--workers", "0"], "--workers 0"),
+    (["--lessons"], "--quick --lessons: the small version has none"),
     (["--concept", "ROOT/nothing"], "nothing: no such folder"),
     (["--concept", "ROOT/three"], "three: 3 images; a concept has 4 of 64x64"),
     (["--concept", "ROOT/large"], "large: 2.png has 96x64 pixels; a concept has 4 images of 64x64"),
@@ -264,7 +265,7 @@ def test_forward_passes_by_hand():
 
 def test_what_several_tables_ask_for_is_run_once():
     plan = Plan(FULL, ABOUT, RECIPE)
-    parts = plan.second_part(RATES)
+    parts = plan.second_part(RATES) | plan.third_part(RATES)
     one, two = (plan.table("dopsd", RATES, equal) for equal in ("steps", "passes"))
     assert one == two and len(one) == 4 * 3
     assert {p.run for p in plan.table("sft", RATES, "passes")} == {p.run for p in plan.table("sft", RATES, "steps")}
@@ -283,7 +284,8 @@ def test_what_several_tables_ask_for_is_run_once():
 def test_train_understands_every_run():
     for settings in (FULL, QUICK):
         plan = Plan(settings, ABOUT, RECIPE)
-        points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values())
+        points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values(),
+                                 *plan.third_part(RATES).values())
         for run in {point.run for point in points if point.run.is_trained}:
             cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
             train.check_values(cfg)
@@ -313,7 +315,7 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
     made_up(plan, file, good, concept=0.8, ordinary=0.95)               # what is gained in ordinary accuracy is nothing
     made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.8)    # .85 - .10 < .8
     assert choose_rates(plan, file) == RATES
-    for points in plan.second_part(RATES).values():
+    for points in (plan.second_part(RATES) | plan.third_part(RATES)).values():
         made_up(plan, file, points)
     report = Report(Results(tmp_path / "results.jsonl"))
     assert report.rates == RATES and NOT_RUN not in report.text()
@@ -323,8 +325,13 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
         for point in curve[step]:
             report.results.measured[point]["measures"]["concept"] = fidelity
     assert report.learned_at(curve) == "50"                              # .8 of .9
-    (row,) = [line for line in report.at_equal_concept({"x": curve})[0].splitlines() if line.startswith("| x")]
-    assert row.startswith("| x | 38 | ")                                 # .72 lies in the middle of 25 and 50
+    for point in report.results.measured:                               # .8 of .9 lies in the middle of 25 and 50
+        if point.run.concept == "a" and point.step == 50:
+            report.results.measured[point]["measures"]["ordinary"] = 0.5
+        if point.run.concept == "a" and point.step == 25:
+            report.results.measured[point]["measures"]["ordinary"] = 0.7
+    (line,) = [line for line in report.crossings("dopsd") if line["concept"] == "a"]
+    assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)
 
 
 def test_where_a_curve_crosses_a_goal():
