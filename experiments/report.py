@@ -89,35 +89,37 @@ class Report:
         return markdown(["", *rows], table)
 
     # ---------------------------------------------------------------------------------------------- table 3
-    def crossings(self, method: str) -> list[dict]:
-        """Where a run reaches `part` of the teacher's fidelity of its concept: lines for `compared`, one per concept.
-
-        Between measured steps a straight line. Concepts that are not reached in table 1's steps are left out.
-        """
-        lines = []
+    def crossings(self, method: str) -> tuple[list[dict], int]:
+        """Where runs reach `part` of the teacher's fidelity of their concept: lines for `compared`, one per concept that
+        is reached in table 1's steps; and of how many concepts. Between measured steps a straight line."""
+        lines, measured = [], 0
         for concept in self.plan.test:
-            points = self.plan.early(method, self.rates, concept)
+            curve = {step: self.results.measures([point])
+                     for step, point in self.plan.early(method, self.rates, concept).items()}
             teacher = self.mean(self.plan.reference(TEACHER, [concept]), "concept")
-            measured = {step: self.results.measures([point]) for step, point in points.items()}
-            if not points or teacher is None or not all(measured.values()):
+            if not curve or teacher is None or not all(curve.values()):
                 continue
-            found = crossing({step: [m["concept"], *(m[name] for name in BESIDE)] for step, (m,) in measured.items()},
+            measured += 1
+            found = crossing({step: [m["concept"], *(m[name] for name in BESIDE)] for step, (m,) in curve.items()},
                              self.settings.part * teacher)
             if found:
                 step, _, *values = found
                 lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": step,
                               "measures": dict(zip(BESIDE, values))})
-        return lines
+        return lines, measured
 
     def at_equal_concept(self) -> tuple[list[str], list[str]]:
         """Table 3 and its tests."""
-        found = {method: self.crossings(method) for method in METHODS}
         base = self.results.measures(self.plan.reference(BASE, self.plan.test))
         table = [[BASE, "0", *(with_spread([m[name] for m in base], "{:.3f}") for name in BESIDE), ""]]
-        for method, lines in found.items():
-            cells = [with_spread([line["measures"][name] for line in lines], "{:.3f}") for name in BESIDE]
-            table.append([NAMES[method], with_spread([line["step"] for line in lines], "{:.0f}", "{:.0f}"), *cells,
-                          f"{len(lines)} of {len(self.plan.test)}"])
+        found = {}
+        for method in METHODS:
+            found[method], measured = self.crossings(method)
+            cells = [with_spread([line["step"] for line in found[method]], "{:.0f}", "{:.0f}"),
+                     *(with_spread([line["measures"][name] for line in found[method]], "{:.3f}") for name in BESIDE)]
+            if measured and not found[method]:
+                cells = ["not reached"] * len(cells)
+            table.append([NAMES[method], *cells, f"{len(found[method])} of {measured}"])
         return markdown(["", "step", *BESIDE, "concepts that reach it"], table), compared(found, BESIDE)
 
     # ---------------------------------------------------------------------------------------------- other tables

@@ -81,7 +81,8 @@ def test_a_small_table_end_to_end(small):
     for name in ("tables.md", "curves.png", "panel.png"):
         assert (small / name).stat().st_size > 1000
     rows = [line for line in (small / "tables.md").read_text().splitlines() if line.startswith("| SFT |")]
-    assert len(rows) == 4 and NOT_RUN not in rows[0] + rows[1]           # two tables, learning rates, curves
+    assert len(rows) == 5 and NOT_RUN not in rows[0] + rows[1]           # three tables, learning rates, curves
+    assert rows[2] == "| SFT | not reached | not reached | not reached | not reached | 0 of 1 |"
     assert "| PSO | not run |" in (small / "tables.md").read_text()
 
 
@@ -330,7 +331,7 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
             report.results.measured[point]["measures"]["ordinary"] = 0.5
         if point.run.concept == "a" and point.step == 25:
             report.results.measured[point]["measures"]["ordinary"] = 0.7
-    (line,) = [line for line in report.crossings("dopsd") if line["concept"] == "a"]
+    (line,) = [line for line in report.crossings("dopsd")[0] if line["concept"] == "a"]
     assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)
 
 
