@@ -90,8 +90,8 @@ class Report:
 
     # ---------------------------------------------------------------------------------------------- table 3
     def crossings(self, method: str) -> tuple[list[dict], int]:
-        """Where runs reach `part` of the teacher's fidelity of their concept: lines for `compared`, one per concept that
-        is reached in table 1's steps; and of how many concepts. Between measured steps a straight line."""
+        """Where runs reach `part` of the teacher's fidelity of their concept: lines for `compared`, one per concept
+        that is reached in table 1's steps; and of how many concepts. Between measured steps a straight line."""
         lines, measured = [], 0
         for concept in self.plan.test:
             curve = {step: self.results.measures([point])
