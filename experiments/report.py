@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from experiments.compare import Paired, mean_and_spread, paired
 from experiments.measure import MEASURES
-from experiments.protocol import BASE, LONGER, METHODS, TEACHER, VALIDATION, Plan, Point, Run, from_facts
+from experiments.protocol import BASE, GENTLE, LONGER, METHODS, TEACHER, VALIDATION, Plan, Point, Run, from_facts
 from experiments.results import Results, choose_rates, score_of_rate
 
 NOT_RUN = "not run"
@@ -189,6 +189,18 @@ class Report:
             table.append([label, *cells])
         return markdown(["sampled with", *(f"{n} steps" for n in samplers)], table)
 
+    def gentle(self) -> tuple[list[str], list[str]]:
+        """Table 1's first seed at the learning rates that were chosen and at a smaller one, and the latter's test."""
+        seed, table = self.settings.seeds[0], []
+        for method in ("sft", "dopsd"):
+            chosen = [p for p in self.plan.table(method, self.rates, "steps") if p.run.seed == seed]
+            for points in (chosen, self.plan.gentle(method)):
+                rate = f", {points[0].run.lr:g}" if points else ""
+                table.append([NAMES[method] + rate, *(self.spread(points, name) for name in COMPARED)])
+        lines = {m: self.results.of(self.plan.gentle(m)) for m in ("sft", "dopsd")}
+        (test,) = compared(lines, COMPARED, ("sft",))
+        return markdown(["", *COMPARED], table), [test]
+
     def validation(self) -> list[str]:
         """The measures on renderings and on damaged ones."""
         (found,) = self.results.measures([Point(Run(VALIDATION))]) or [{}]
@@ -199,7 +211,7 @@ class Report:
 
     # ---------------------------------------------------------------------------------------------- the document
     def text(self) -> str:
-        s, plan, equal = self.settings, self.plan, self.at_equal_concept()
+        s, plan, equal, gentle = self.settings, self.plan, self.at_equal_concept(), self.gentle()
         parts = [
             "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
             f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
@@ -223,6 +235,8 @@ class Report:
         if s.lessons:
             parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
                       "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", *self.samplers(),
+                      "## A smaller learning rate", f"Table 1 with seed {s.seeds[0]}, at the chosen rates and at "
+                      f"{GENTLE:g}.", *gentle[0], f"Paired differences at {GENTLE:g}, over concepts:", *gentle[1],
                       "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
                       "curves.", *self.curve_table(plan.causes(self.rates), (LONGER,))]
         parts += ["## The measures themselves", "On true renderings and on damaged ones:", *self.validation()]
@@ -247,10 +261,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["\n".join("| " + " | ".join(cells) + " |" for cells in lines)]
 
 
-def compared(lines: dict[str, list[dict]], measures: Sequence[str]) -> list[str]:
-    """D-OPSD against each other method, where both have the same concept and seed. lines: of each method."""
+def compared(lines: dict[str, list[dict]], measures: Sequence[str], others: Sequence[str] = METHODS[:-1]) -> list[str]:
+    """D-OPSD against other methods, where both have the same concept and seed. lines: of each method."""
     table = []
-    for method in METHODS[:-1]:
+    for method in others:
         found = {measure: paired(lines["dopsd"], lines[method], measure) for measure in measures}
         count = next((p.count for p in found.values() if p), 0)
         table.append([f"D-OPSD - {NAMES[method]}", *map(test_cell, found.values()), str(count)])
