@@ -3,9 +3,9 @@
     python experiments/leak.py --data examples/star --lora D-OPSD=out/star/student.safetensors
 
 For objects. Pictures of new prompts with [V] and of ordinary ones are drawn with the adapter switched on at some solver
-steps only. "concept's" is the share of wrong attributes of
-ordinary pictures that have the concept's value: if it is far above what guessing gives, the concept leaks into prompts
-that do not ask for it; that no training prompt asks for anything else allows it.
+steps only. "concept's" is the share of wrong attributes of ordinary pictures that have the concept's value. If that is
+far above what guessing gives, the concept leaks into prompts that do not ask for it, which nothing in the training
+forbids: all of its prompts ask for the concept.
 """
 import dataclasses
 import sys
