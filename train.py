@@ -52,6 +52,7 @@ METHODS = {  # name -> whether it has a teacher that is shown the target image
     "pso": False,           # the target images preferred to the model's own samples (arXiv 2410.03190)
 }
 IMAGE = "image"  # in the place of a teacher's file: the run's own teacher, which is shown the target
+BASE = "base"    # and the model as it was: its prompts shall stay as they are
 Model = transformer.ZImageTransformer | flux2.Flux2Transformer  # the loop needs `velocity`, lora.py `lora_names`
 
 
@@ -67,8 +68,9 @@ class Options:
     loss: str | None = option(None, "v: Eq. 7 of the paper; x0: the released code; kl: per-step KL (2605.15055)",
                               choices=tuple(objectives.LOSSES))
     noise: float = option(0.0, "a: standard deviation of the rollout's steps; 0: the steps of the sampler")
-    teacher_lora: list[str] = option([], "frozen teachers, one for each --data: an adapter file, or image for the "
-                                     "model's own teacher, which is shown the target", nargs="+", metavar="FILE")
+    teacher_lora: list[str] = option([], "a teacher for each --data: a frozen adapter file, base for the untuned "
+                                     "model, or image for the run's own teacher, which is shown the target",
+                                     nargs="+", metavar="FILE")
     steps: int | None = option(None, "optimizer steps")
     lr: float | None = option(None, "learning rate of AdamW, constant")
     rank: int | None = option(None, "rank of the LoRA")
@@ -115,7 +117,7 @@ def check_values(cfg: Options) -> None:
     teachers = cfg.teacher_lora
     if teachers and len(teachers) != len(cfg.data):
         raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "
-                         "the word image")
+                         "a word, image or base")
     if teachers and not METHODS[cfg.method]:
         raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
     if cfg.noise and cfg.method not in ("dopsd", "off-policy"):
@@ -234,6 +236,13 @@ def pso_step(cfg: Options, sides: Sides, sigmas: Tensor, rng: torch.Generator) -
     return loss.item()
 
 
+def teacher_of(teacher: str, model: Model) -> lora.Adapter | None:
+    """The adapter of a task's frozen teacher; None: the run's own teacher. Raises InputError."""
+    if teacher == IMAGE:
+        return None
+    return lora.create(model, rank=1, alpha=1, seed=0) if teacher == BASE else lora.load(Path(teacher), model)  # B = 0
+
+
 def shows_target(cfg: Options) -> bool:
     """Whether there is a teacher that is shown the target."""
     return METHODS[cfg.method] and (not cfg.teacher_lora or IMAGE in cfg.teacher_lora)
@@ -345,8 +354,7 @@ def main(argv: list[str] | None = None) -> int:
 
     skeleton = backbone.check(folder)                                   # before anything is encoded and written
     for teacher in teachers:
-        if teacher != IMAGE:
-            lora.load(Path(teacher), skeleton)
+        teacher_of(teacher, skeleton)
     memory = check_memory(folder, device, dtype)
     cache = Path(cfg.cache) if cfg.cache else out / "cache"
     features = [Features(cfg, part, folder, recipe, shown if teacher == IMAGE else "", cache, device, dtype)
@@ -357,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         part.encode(with_unrelated=part is features[-1])
     model = backbone.load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out, model)
-    tasks = [Task(name, part.dataset, None if teacher == IMAGE else lora.load(Path(teacher), model))
+    tasks = [Task(name, part.dataset, teacher_of(teacher, model))
              for name, part, teacher in zip(names, features, teachers)]
     if cfg.resume:
         run.load()

@@ -114,6 +114,20 @@ def test_an_image_teacher_beside_an_adapter(prepare, photos, captions, teachers)
     assert sides.teacher_adapter is second.teacher and sides.teacher_context is sides.student_context
 
 
+def test_the_untuned_model_as_a_teacher(prepare, photos, captions):
+    parts = prepare("--data", photos, captions, "--teacher-lora", "image", "base", "--loss", "v", "--rollout-steps", 2)
+    first, second = parts.tasks
+    fill_b(parts.run.student, seed=5)
+    batch, (start, _, _) = second.dataset.batch(0), sigma_grid(SCHEDULER, 2).tolist()
+    sides = train.Sides(parts.run, parts.model, batch, second.teacher)
+    x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
+    untuned = parts.model.velocity(x, start, batch.student_context)
+    assert first.teacher is None and torch.equal(sides.teacher(x, start), untuned)
+    assert not torch.allclose(sides.student(x, start), untuned)
+    losses = train.gradient_of_step(parts.cfg, parts.model, parts.run, [second], parts.shift_of)
+    assert losses["captions"] > 0                                       # it pulls the student back
+
+
 def test_captions_alone(tmp_path, captions):
     rows = data.read_folder(captions, captions_suffice=True)
     assert [(row.image, row.size) for row in rows] == [(None, (1, 1))] * 3

@@ -5,6 +5,7 @@ examples/star: one object, a star striped in orange and blue, four times (captio
 examples/chalk: one style, chalk outline on a checked backdrop, on four different objects ("... in [V] style").
 examples/paint: an edit, for FLUX.2: four objects before and after they are painted dotted in green and pink ("paint it
 [V]"); all else stays.
+examples/ordinary: 64 captions without pictures, of objects that pre-training knows, to be kept as they are.
 """
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 
 from tiny.stage import generator
-from tiny.world import Renderer, caption, draw_marks, held_out_object, held_out_style, scene, to_pil
+from tiny.world import (Renderer, caption, draw_marks, draw_scenes, held_out_object, held_out_style, random_tell, scene,
+                        to_pil)
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),
@@ -51,6 +53,16 @@ def write(folder: Path, scenes: list[dict], concept: str) -> None:
         (folder / f"{number}.txt").write_text(caption(row, concept=concept) + "\n")
 
 
+def write_captions(folder: Path, count: int) -> None:
+    """Captions alone, half of which leave something open; all different."""
+    g, texts = generator(2605, 1), {}
+    while len(texts) < count:
+        texts |= {caption(row, random_tell(g)): None for row in draw_scenes(count, g)}
+    lines = [json.dumps({"text": text}) for text in list(texts)[:count]]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> None:
     """Pictures before and after a change, with the same marks on the backdrop, and a metadata.jsonl."""
     render, marks = Renderer(), draw_marks(len(scenes), generator(2605, 0))
@@ -69,3 +81,4 @@ if __name__ == "__main__":
     write(Path("examples/star"), STARS, "object")
     write(Path("examples/chalk"), CHALKS, "style")
     write_edits(Path("examples/paint"), PAINTED, PAINT, "paint it [V]")
+    write_captions(Path("examples/ordinary"), 64)
