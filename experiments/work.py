@@ -69,7 +69,7 @@ class Laboratory:
                     passes = self.plan.passes(point.run, point.step)
                 measures, shown, prompts = self.examiner.examine(concept, adapter, point.sampler,
                                                                  with_picture=point.run.method == TEACHER)
-                self.keep_pictures(point, shown, prompts)
+                self.keep_pictures(point, groups, shown, prompts)
             yield line_of(point, groups, kind, passes, seconds, measures)
         gc.collect()
 
@@ -85,11 +85,11 @@ class Laboratory:
         seconds = call_train(words, folder, self.log(run), step)
         return seconds, lora.load(folder / "student.safetensors", self.judge.net)
 
-    def keep_pictures(self, point: Point, shown: list, prompts: list[str]) -> None:
+    def keep_pictures(self, point: Point, groups: tuple[str, ...], shown: list, prompts: list[str]) -> None:
         """A strip for the panel: of table 1, first seed, of the concepts that the curves are about."""
-        settings, run = self.plan.settings, point.run
+        run = point.run
         in_table = run.method in (BASE, TEACHER) or (
-            run.seed == settings.seeds[0] and point.step == settings.steps and not run.options)
+            "table 1" in groups and run.seed == self.plan.settings.seeds[0])
         if in_table and point.sampler == self.plan.sampler and run.concept in self.plan.curve_concepts:
             strip = grid(torch.stack([p for p in shown if p is not None]), columns=len(shown), scale=1)
             save_png(strip, picture_file(self.out, run), {"prompts": json.dumps(prompts)})

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ def test_a_small_table_end_to_end(small):
     assert len(rows) == 5 and NOT_RUN not in rows[0] + rows[1]           # three tables, learning rates, curves
     assert rows[2] == "| SFT | not reached | not reached | not reached | not reached | 0 of 1 |"
     assert "| PSO | not run |" in (small / "tables.md").read_text()
+
+
+def test_only_table_1_goes_into_the_panel(tmp_path):
+    plan = Plan(FULL, ABOUT, RECIPE)
+    laboratory = SimpleNamespace(plan=plan, out=tmp_path)
+    point, other, *_ = plan.table("sft", RATES, "steps")
+    gentle = plan.gentle("sft")[0]
+    assert point.run.concept == gentle.run.concept == other.run.concept and point.step == gentle.step
+    for number, (asked, groups) in enumerate(((point, ("table 1",)), (gentle, ("gentle",)), (other, ("table 1",)))):
+        work.Laboratory.keep_pictures(laboratory, asked, groups, [torch.full((3, 64, 64), -1.0 + number)], ["a prompt"])
+        assert data.open_image(work.picture_file(tmp_path, point.run)).getpixel((10, 10)) == (0, 0, 0)
 
 
 def test_report_only_reads(small, tmp_path, capsys):
