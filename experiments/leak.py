@@ -21,8 +21,8 @@ import lora
 from experiments.report import markdown
 from files import InputError
 from options import model_folder, option, parse, recipe_of, run as run_program
-from rollout import sample
-from tiny.metrics import OBJECT, fidelity, told_accuracy
+from tiny.evaluate import in_batches
+from tiny.metrics import OBJECT, fidelity, told_accuracy, told_names
 from tiny.pretrain import grid_of
 from tiny.score import Judge, Prompts, adapters, concept_of, concept_prompts, ordinary_prompts
 from tiny.stage import generator
@@ -40,8 +40,7 @@ class Options:
 
 def told_object(prompts: Prompts) -> Tensor:
     """(n, 4) bool: which attributes of an object each ordinary prompt says."""
-    return torch.tensor([[name == "shape" or name in tell or (name == "second" and {"pattern", "main"} <= set(tell))
-                          for name in OBJECT] for tell in prompts.told])
+    return torch.tensor([[name in told_names(tell) for name in OBJECT] for tell in prompts.told])
 
 
 def leak(rows: Tensor, prompts: Prompts, concept: Tensor) -> tuple[float, float]:
@@ -60,14 +59,11 @@ def leak(rows: Tensor, prompts: Prompts, concept: Tensor) -> tuple[float, float]
 def draw(judge: Judge, contexts: list, noise: Tensor, sigmas: Tensor, adapter: lora.Adapter | None, active: set[int]
          ) -> Tensor:
     """Pictures (n, 3, 64, 64), with the adapter at the solver steps `active`."""
-    levels = {sigma: k for k, sigma in enumerate(sigmas.tolist())}
-    parts = []
-    for start in range(0, len(noise), 40):
-        part = contexts[start:start + 40]
-        x0 = sample(lambda x, sigma: judge.net.velocity(x, sigma, part, adapter if levels[sigma] in active else None),
-                    noise[start:start + 40], sigmas)
-        parts.append(judge.vae.decode(x0))
-    return torch.cat(parts)
+    levels = {sigma for k, sigma in enumerate(sigmas.tolist()) if k in active}
+
+    def walk_of(part: list):
+        return lambda x, sigma: judge.net.velocity(x, sigma, part, adapter if sigma in levels else None)
+    return in_batches(walk_of, judge.vae, contexts, noise, sigmas)
 
 
 @torch.no_grad()

@@ -147,18 +147,13 @@ class Report:
         cells = [number(self.mean(points, measure)) for measure in DRAWN]
         return NOT_RUN if NOT_RUN in cells else " / ".join(cells)
 
-    def goal(self) -> float | None:
-        """Concept fidelity that counts as learned: `part` of the teacher's."""
-        mean = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
-        return None if mean is None else self.settings.part * mean
-
     def learned_at(self, curve: dict[int, list[Point]]) -> str:
         """The first measured step with `part` of the teacher's concept fidelity, of means over concepts."""
-        goal = self.goal()
+        goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
         means = {step: self.mean(points, "concept") for step, points in curve.items()}
         if goal is None or not means or None in means.values():
             return NOT_RUN
-        found = [step for step, mean in sorted(means.items()) if mean >= goal]
+        found = [step for step, mean in sorted(means.items()) if mean >= self.settings.part * goal]
         return str(found[0]) if found else f"later than {max(means)}"
 
     def lessons(self) -> list[str]:
@@ -211,7 +206,7 @@ class Report:
 
     # ---------------------------------------------------------------------------------------------- the document
     def text(self) -> str:
-        s, plan, equal, gentle = self.settings, self.plan, self.at_equal_concept(), self.gentle()
+        s, plan, equal = self.settings, self.plan, self.at_equal_concept()
         parts = [
             "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
             f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
@@ -233,6 +228,7 @@ class Report:
         for title, curves in plan.curves(self.rates).items():
             parts += [f"By {title}:", *self.curve_table(curves)]
         if s.lessons:
+            gentle = self.gentle()
             parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
                       "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", *self.samplers(),
                       "## A smaller learning rate", f"Table 1 with seed {s.seeds[0]}, at the chosen rates and at "

@@ -87,12 +87,15 @@ def of_objects(reading, truth: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def draw(net, vae, contexts: list[Tensor], noise: Tensor, steps: int, adapter=None, guidance: float = 1.0,
          empty: Tensor | None = None) -> Tensor:
-    """Pictures (n, 3, 64, 64) in batches of 50; guidance other than 1 needs the context of an empty prompt."""
-    pictures = []
-    for start in range(0, len(contexts), 50):
-        context = contexts[start:start + 50]
-        walk = guided(net, context, [empty] * len(context), guidance, adapter)
-        pictures.append(vae.decode(sample(walk, noise[start:start + 50], grid_of(net, steps))))
+    """Pictures (n, 3, 64, 64); guidance other than 1 needs the context of an empty prompt."""
+    return in_batches(lambda context: guided(net, context, [empty] * len(context), guidance, adapter), vae, contexts,
+                      noise, grid_of(net, steps))
+
+
+def in_batches(walk_of, vae, contexts: list[Tensor], noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Pictures (n, 3, 64, 64) in batches of 50; walk_of(contexts of a batch) -> velocity(x, sigma)."""
+    pictures = [vae.decode(sample(walk_of(contexts[start:start + 50]), noise[start:start + 50], sigmas))
+                for start in range(0, len(contexts), 50)]
     return torch.cat(pictures)
 
 

@@ -144,13 +144,17 @@ def accuracy(reading: Tensor, truth: Tensor, names: tuple[str, ...] = tuple(ATTR
     return {**each, "mean": sum(each.values()) / len(each)}
 
 
+def told_names(tell: tuple[str, ...]) -> list[str]:
+    """The attributes that a prompt mentions ("style" counts as line and texture)."""
+    names = ["shape", *(name for name in tell if name != "style"), *(STYLE if "style" in tell else ())]
+    return names + (["second"] if "pattern" in tell and "main" in tell else [])
+
+
 def told_accuracy(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]]) -> float:
-    """Mean accuracy over the attributes that each prompt mentions ("style" counts as line and texture)."""
+    """Mean accuracy over the attributes that each prompt mentions."""
     right = []
     for got, asked, tell in zip(reading, truth, told):
-        names = ["shape", *(name for name in tell if name != "style"), *(STYLE if "style" in tell else ())]
-        names += ["second"] if "pattern" in tell and "main" in tell else []
-        right += [float(got[COLUMN[name]] == asked[COLUMN[name]]) for name in names]
+        right += [float(got[COLUMN[name]] == asked[COLUMN[name]]) for name in told_names(tell)]
     return sum(right) / len(right)
 
 
