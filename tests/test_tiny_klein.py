@@ -179,6 +179,19 @@ def test_muon_gets_the_matrices_of_the_blocks():
     assert not any(part in name for name in chosen for part in ("norm", "embed", "modulation"))
 
 
+def test_muon_takes_fused_linears_apart():
+    network = flux2.Flux2Transformer(klein.CONFIG)
+    shapes = set()
+    for name, weight in network.named_parameters():
+        if klein.Lessons.is_matrix(name):
+            pieces = klein.Lessons.pieces(name, weight)
+            shapes |= {tuple(piece.shape) for piece in pieces}
+            assert sum(piece.numel() for piece in pieces) == weight.numel()
+            assert len(pieces) == (5 if "to_qkv_mlp_proj" in name else 2 if "linear_in" in name or "single_" in name
+                                   else 1), name
+    assert shapes == {(128, 128), (384, 128), (128, 384)}                       # nothing wider than a feed-forward
+
+
 def test_reading_of_edits_counts_marks_only_in_the_right_texture():
     rows = scene(texture="ruled")[None]
     wrong = Reading(scene(texture="spotted")[None], torch.ones(1, 8, 8), torch.zeros(1), torch.ones(1))

@@ -205,6 +205,29 @@ def test_muon_on_views_is_muon_on_matrices(tmp_path):
     torch.testing.assert_close(training.model.bias, bias, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes, dim", [([4, 2], 0), ([9, 20, 7], 1)])
+def test_fused_weights_are_trained_as_if_they_were_not(tmp_path, sizes, dim):
+    """And a stopped run goes on: the state of every piece is saved."""
+    def pieces(name: str, weight: Tensor) -> tuple[Tensor, ...]:
+        return weight.flatten(1).split(sizes, dim)
+
+    training = walk(build(tmp_path / "whole", pieces=pieces, clip=1e9))
+    apart = [nn.Parameter(part.clone()) for part in START[0].flatten(1).split(sizes, dim)]
+    muon = torch.optim.Muon(apart, lr=1.0, weight_decay=0.0)
+    for step, rate in enumerate(RATES):
+        muon.param_groups[0]["lr"] = .05 * rate
+        muon.zero_grad()
+        distance([torch.cat(apart, dim).view(6, 4, 3, 3), START[1]], step).backward()
+        muon.step()
+    torch.testing.assert_close(training.model.conv.flatten(1), torch.cat(apart, dim), atol=1e-5, rtol=1e-4)
+
+    for step in (stopped := build(tmp_path / "stopped", pieces=pieces, clip=1e9)).run(
+            lambda step: (distance([stopped.model.conv, stopped.model.bias], step), {}), save_every=3):
+        break
+    resumed = walk(build(tmp_path / "stopped", pieces=pieces, clip=1e9))
+    assert step == 3 and all(torch.equal(value, state(resumed)[name]) for name, value in state(training).items())
+
+
 def test_a_run_shorter_than_its_warm_up_goes_downhill(tmp_path):
     for steps in (1, 3, 5):
         training, rates = build(tmp_path / str(steps), steps=steps, warmup=5), []

@@ -62,7 +62,8 @@ def main() -> None:
     student = copy.deepcopy(teacher).requires_grad_(True)
     for network in (teacher, student) if options.compile else ():
         compile_blocks(network)
-    stage = Stage(student, out, options.steps, adam=5e-4, muon=0.006, ema=0.97, warmup=20, is_matrix=lessons.is_matrix)
+    stage = Stage(student, out, options.steps, adam=5e-4, muon=0.006, ema=0.97, warmup=20, is_matrix=lessons.is_matrix,
+                  pieces=lessons.pieces)
     sigmas = lessons.grid(STEPS)
     shift = float(sigmas[2] / (1 - sigmas[2]))                                          # u = 1/2 there
     empty = lessons.features.contexts([""])

@@ -37,7 +37,7 @@ from tiny.world import (PLACE_TOLD, COLUMN, Renderer, caption, draw_marks, draw_
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
           "num_attention_heads": 4, "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 128,
-          "mlp_ratio": 3.0, "axes_dims_rope": [8, 8, 8, 8], "rope_theta": 2000, "eps": 1e-6, "guidance_embeds": False}
+          "mlp_ratio": 3.0, "axes_dims_rope": [4, 10, 10, 8], "rope_theta": 64, "eps": 1e-6, "guidance_embeds": False}
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.37.0",
              "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
              "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
@@ -240,6 +240,17 @@ class Lessons:
     def is_matrix(name: str) -> bool:
         """Weights that Muon trains: attention and feed-forward of all blocks."""
         return "transformer_blocks." in name and "norm" not in name
+
+    @staticmethod
+    def pieces(name: str, weight: Tensor) -> tuple[Tensor, ...]:
+        """The Linears that FLUX.2 fuses into one: each gets an update of the same size from Muon, as in Z-Image."""
+        dim = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
+        hidden = int(dim * CONFIG["mlp_ratio"])
+        if name.endswith("to_qkv_mlp_proj.weight"):
+            return weight.split([dim, dim, dim, hidden, hidden])
+        if name.startswith("single_"):                                                   # to_out, behind both branches
+            return weight.split([dim, hidden], dim=1)
+        return weight.split(hidden) if name.endswith("linear_in.weight") else (weight,)
 
     @staticmethod
     def grid(steps: int) -> Tensor:

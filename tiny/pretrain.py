@@ -22,7 +22,7 @@ from loss import draw_sigma, sft
 from model import ZImageTransformer, compile_blocks
 from rollout import sample, sigma_grid
 from tiny import klein
-from tiny.stage import Stage, generator, join
+from tiny.stage import Stage, generator, join, one_matrix
 from tiny.train_vlm import draw_concepts, other_view
 from tiny.vlm import WIDTH, Features, build_config
 from tiny.world import Renderer, caption, draw_scenes, grid, random_prompts, random_tell
@@ -107,6 +107,7 @@ class Lessons:
     config, scheduler, index = CONFIG, SCHEDULER, INDEX
     folder, base = Path("tiny/model"), Path("tiny/base")
     network, is_matrix = staticmethod(lambda: ZImageTransformer(CONFIG)), staticmethod(is_matrix)
+    pieces = staticmethod(one_matrix)
 
     def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
         """pool: pictures whose latents are kept; 0 for stage 4, which needs none."""
@@ -206,7 +207,8 @@ def main() -> None:
     model = lessons.network()
     if options.compile:
         compile_blocks(model)
-    stage = Stage(model, out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=lessons.is_matrix)
+    stage = Stage(model, out, options.steps, adam=1e-3, muon=0.02, ema=0.999, warmup=200, is_matrix=lessons.is_matrix,
+                  pieces=lessons.pieces)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * processes + rank)

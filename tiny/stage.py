@@ -35,22 +35,29 @@ def join() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def one_matrix(name: str, weight: Tensor) -> tuple[Tensor, ...]:
+    """The weight as a matrix: a convolution becomes (out, in * height * width)."""
+    return (weight.flatten(1),)
+
+
 class Stage:
     """Muon on the matrices named by `is_matrix`, AdamW on the rest; linear warm-up, then a linear decay to zero.
 
     model: all its parameters are trained. `average` holds an exponential moving average of them, which is what is
-    shipped.
+    shipped. pieces(name, weight) -> views of a weight, each a matrix of its own to Muon: Linears that are fused into
+    one weight are updated as if they were not.
     """
 
     def __init__(self, model: nn.Module, out: Path, steps: int, adam: float, muon: float = 0.0,
                  is_matrix: Callable[[str], bool] = lambda name: False, warmup: int = 100, ema: float = 0.999,
-                 clip: float = 1.0) -> None:
+                 clip: float = 1.0, pieces: Callable[[str, Tensor], tuple[Tensor, ...]] = one_matrix) -> None:
         self.model, self.out, self.steps, self.warmup, self.ema, self.clip = model, Path(out), steps, warmup, ema, clip
-        self.names = dict(model.named_parameters())
-        # views of the same memory: Muon takes matrices only, so a convolution becomes (out, in * height * width)
-        matrices = {n: nn.Parameter(p.data.flatten(1)) for n, p in self.names.items()
-                    if muon and p.ndim > 1 and is_matrix(n)}
-        others = {n: p for n, p in self.names.items() if n not in matrices}
+        self.names, self.pieces = dict(model.named_parameters()), pieces
+        self.parts = {n: [f"{n}[{i}]" for i in range(len(pieces(n, p.data)))] for n, p in self.names.items()
+                      if muon and p.ndim > 1 and is_matrix(n)}                  # name of a weight -> of its matrices
+        matrices = {part: nn.Parameter(view) for n, parts in self.parts.items()
+                    for part, view in zip(parts, pieces(n, self.names[n].data))}
+        others = {n: p for n, p in self.names.items() if n not in self.parts}
         self.matrices, self.targets = matrices, {**others, **matrices}
         adamw = torch.optim.AdamW(others.values(), lr=adam, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizers = [(adamw, list(others), adam)]
@@ -106,8 +113,10 @@ class Stage:
             if not norm < float("inf"):
                 raise SystemExit(f"step {step}: the gradient is not finite; the state of the last save is in "
                                  f"{self.out}")
-            for name, matrix in self.matrices.items():
-                matrix.grad = None if self.names[name].grad is None else self.names[name].grad.flatten(1)
+            for name, parts in self.parts.items():
+                gradient = self.names[name].grad
+                for part, view in zip(parts, [None] * len(parts) if gradient is None else self.pieces(name, gradient)):
+                    self.matrices[part].grad = view
             for optimizer, _, _ in self.optimizers:
                 optimizer.step()
             self.update_average()
