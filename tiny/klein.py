@@ -197,8 +197,8 @@ class Edits:
 
 
 # ------------------------------------------------------------------------------------------------------- lessons
-KINDS = ("text", "concept", "text", "edit", "text", "insert", "text", "concept", "text", "insert", "text", "style",
-         "text", "edit", "insert", "concept")
+KINDS = ("text", "concept", "text", "insert", "text", "concept", "text", "edit", "text", "concept", "text", "style",
+         "text", "concept", "text", "insert")
 
 
 class Lessons:
