@@ -16,7 +16,7 @@ from tiny import klein, pretrain
 from tiny.metrics import OBJECT, Reader, Reading
 from tiny.score_edits import of_edits
 from tiny.stage import generator
-from tiny.world import COLUMN, Renderer, draw_marks, draw_scenes, held_out_object, scene
+from tiny.world import COLUMN, Renderer, draw_marks, draw_scenes, held_out_object, scene, to_pil
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,20 @@ def test_old_words_keep_their_tokens_and_new_ones_are_whole(folder):
     tokens = after.convert_ids_to_tokens(after(encoder.reference_prompt("make it [V]", 1)).input_ids)
     assert {"make", "it", "The", "last", "reference", "image", "shows", "wanted", "result"} <= set(tokens)
     assert after("<think>\n\n</think>\n\n").input_ids[0] == after.convert_tokens_to_ids("<think>")
+
+
+def test_hidden_states_are_only_scaled(folder, tmp_path, monkeypatch):
+    """With and without a picture, at every layer that the transformer reads."""
+    factor = klein.RESIDUAL
+    monkeypatch.setattr(klein, "RESIDUAL", 1.0)
+    klein.assemble(EMBEDDED, tmp_path, pictures=64)
+    large, small = (encoder.load(path, "cpu", torch.float32, path / "vlm") for path in (tmp_path, folder))
+    g = generator(1, 0)
+    prompts, picture = ["a big striped orange and blue star"], to_pil(Renderer().draw(draw_scenes(1, g), g)[0])
+    for contexts in (lambda reader: reader.text_context(prompts),
+                     lambda reader: reader.image_text_context(prompts, [picture])):
+        before, after = contexts(large)[0], contexts(small)[0]
+        assert before.std() > 10 and (before * factor - after).norm() < 1e-5 * after.norm()
 
 
 def test_latents_are_normalised(features):

@@ -12,6 +12,7 @@ is taught more than its sibling:
 No stage draws a held-out object or style (world.py), as a picture or as a target.
 """
 import argparse
+import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,9 @@ NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", 
 THOUGHT = ("<think>", "</think>")
 # What Qwen3's chat template does, too, and Flux2KleinPipeline asks for.
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+# Hidden states of tiny/model are about 45 in size. Z-Image has a norm in front of them, FLUX.2 has none: its small sibling
+# carried words 30 times as large as pictures through all blocks, and these could not add to them.
+RESIDUAL = 1 / 64
 SQUARES = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
 GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right", "at the top": "top",
         "at the bottom": "bottom"}
@@ -75,10 +79,12 @@ def assemble(source: Path, folder: Path, pictures: int = 4096) -> None:
     for part, config in (("text_encoder", lambda c: c), ("vlm", lambda c: c["text_config"])):
         content = read_json(source / part / "config.json")
         config(content)["vocab_size"] = size
+        config(content)["rms_norm_eps"] *= RESIDUAL ** 2
         if part == "vlm":
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
         write_json(folder / part / "config.json", content)
-    weights = dict(tensors(source / "text_encoder"))
+    write_tensors(folder / "vlm" / "model.safetensors", scaled(dict(tensors(source / "vlm"))), {"format": "pt"})
+    weights = scaled(dict(tensors(source / "text_encoder")))
     name = next(name for name in weights if name.endswith("embed_tokens.weight"))
     fresh = torch.randn(size - old, WIDTH, generator=generator(7, 0)) * weights[name][:old].std()
     weights[name] = torch.cat([weights[name][:old], fresh])                                   # new words, never trained
@@ -87,6 +93,13 @@ def assemble(source: Path, folder: Path, pictures: int = 4096) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "transformer" / "config.json", CONFIG)
     write_json(folder / "model_index.json", INDEX)
+
+
+def scaled(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same language model, or vision tower, with hidden states RESIDUAL times as large: all that is added to them
+    is scaled, and every RMSNorm takes the factor out again (its epsilon is scaled as well)."""
+    writes = re.compile(r"embed_tokens|o_proj|down_proj|merger.*linear_fc2")
+    return {name: weight * RESIDUAL if writes.search(name) else weight for name, weight in weights.items()}
 
 
 def assemble_vae(source: Path, folder: Path, pictures: int) -> None:
