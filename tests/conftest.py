@@ -109,6 +109,17 @@ def klein(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory) -> Path:
+    """What tiny/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
+    from options import EMBEDDED
+    from tiny.klein import assemble
+
+    folder = tmp_path_factory.mktemp("models") / "flux2"
+    assemble(EMBEDDED, folder, pictures=64)
+    return folder
+
+
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "model"))

@@ -1,5 +1,5 @@
-"""The shipped FLUX.2-klein, tiny/flux2: what is in the folder, that diffusers draws the same with it, and that it draws,
-copies and edits what it is asked for."""
+"""The shipped FLUX.2-klein, tiny/flux2: what is in the folder, that diffusers draws the same with it, and that it
+draws, copies and edits what it is asked for."""
 import json
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 import flux2
 from encoder import reference_prompt
 from test_tiny import PROMPTS, WEIGHTS
-from tiny import evaluate, klein
+from tiny import klein
 from tiny.metrics import OBJECT, accuracy, told_accuracy
 from tiny.score import Judge
 from tiny.score_edits import of_edits
@@ -30,14 +30,6 @@ def judge() -> Judge:
     return Judge(MODEL)
 
 
-@pytest.fixture(scope="module")
-def assembled(tmp_path_factory) -> Path:
-    """The folder as klein.py makes it, with statistics from few pictures."""
-    folder = tmp_path_factory.mktemp("flux2")
-    klein.assemble(Path(evaluate.EMBEDDED), folder, pictures=64)
-    return folder
-
-
 # -------------------------------------------------------------------------------------------------------- the folder
 def test_the_folder_is_small_and_holds_no_pickles():
     found = {path.relative_to(MODEL).as_posix(): path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
@@ -54,8 +46,8 @@ def test_all_weights_are_finite(name):
 
 @pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "vlm/model.safetensors", "tokenizer/tokenizer.json",
                                   "model_index.json", "scheduler/scheduler_config.json", "vae/config.json"])
-def test_all_but_the_transformer_comes_from_klein_py(assembled, name):
-    assert (MODEL / name).read_bytes() == (assembled / name).read_bytes()
+def test_all_but_the_transformer_comes_from_klein_py(tiny_klein, name):
+    assert (MODEL / name).read_bytes() == (tiny_klein / name).read_bytes()
 
 
 def test_the_model_before_distillation_is_the_same_network():

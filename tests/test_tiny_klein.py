@@ -20,33 +20,26 @@ from tiny.world import COLUMN, Renderer, draw_marks, draw_scenes, held_out_objec
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("flux2")
-    klein.assemble(EMBEDDED, path, pictures=64)
-    return path
-
-
-@pytest.fixture(scope="module")
-def features(folder) -> klein.Features:
-    return klein.Features(folder)
+def features(tiny_klein) -> klein.Features:
+    return klein.Features(tiny_klein)
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
-def test_the_parts_load_in_other_programs(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    text = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder")
-    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae")
+def test_the_parts_load_in_other_programs(tiny_klein):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_klein / "tokenizer")
+    text = Qwen3ForCausalLM.from_pretrained(tiny_klein / "text_encoder")
+    vae = AutoencoderKLFlux2.from_pretrained(tiny_klein / "vae")
     assert len(tokenizer) == text.config.vocab_size and vae.bn.running_mean.shape == (4 * vae.config.latent_channels,)
-    assert backbone_of(folder) is flux2 and recipe_of(folder) is SMALL_KLEIN
+    assert backbone_of(tiny_klein) is flux2 and recipe_of(tiny_klein) is SMALL_KLEIN
     embeds = Flux2KleinPipeline._get_qwen3_prompt_embeds(text, tokenizer, ["a red star"],
                                                          max_sequence_length=klein.TOKENS,
                                                          hidden_states_layers=[1, 2, 3])
-    ours = encoder.load(folder, "cpu", torch.float32, vlm=folder / "vlm").text_context(["a red star"])[0]
+    ours = encoder.load(tiny_klein, "cpu", torch.float32, vlm=tiny_klein / "vlm").text_context(["a red star"])[0]
     torch.testing.assert_close(ours, embeds[0], rtol=1e-4, atol=1e-4)
 
 
-def test_old_words_keep_their_tokens_and_new_ones_are_whole(folder):
-    before, after = (AutoTokenizer.from_pretrained(path / "tokenizer") for path in (EMBEDDED, folder))
+def test_old_words_keep_their_tokens_and_new_ones_are_whole(tiny_klein):
+    before, after = (AutoTokenizer.from_pretrained(path / "tokenizer") for path in (EMBEDDED, tiny_klein))
     for text in ("a big striped orange and white star at the top on mint in ink crossed style", "a small [V] on navy"):
         assert before(text).input_ids == after(text).input_ids          # "white" has "it" in it, "top" has "to"
     tokens = after.convert_ids_to_tokens(after(encoder.reference_prompt("make it [V]", 1)).input_ids)
@@ -54,12 +47,12 @@ def test_old_words_keep_their_tokens_and_new_ones_are_whole(folder):
     assert after("<think>\n\n</think>\n\n").input_ids[0] == after.convert_tokens_to_ids("<think>")
 
 
-def test_hidden_states_are_only_scaled(folder, tmp_path, monkeypatch):
+def test_hidden_states_are_only_scaled(tiny_klein, tmp_path, monkeypatch):
     """With and without a picture, at every layer that the transformer reads."""
     factor = klein.RESIDUAL
     monkeypatch.setattr(klein, "RESIDUAL", 1.0)
     klein.assemble(EMBEDDED, tmp_path, pictures=64)
-    large, small = (encoder.load(path, "cpu", torch.float32, path / "vlm") for path in (tmp_path, folder))
+    large, small = (encoder.load(path, "cpu", torch.float32, path / "vlm") for path in (tmp_path, tiny_klein))
     g = generator(1, 0)
     prompts, picture = ["a big striped orange and blue star"], to_pil(Renderer().draw(draw_scenes(1, g), g)[0])
     for contexts in (lambda reader: reader.text_context(prompts),

@@ -53,8 +53,8 @@ NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", 
 THOUGHT = ("<think>", "</think>")
 # What Qwen3's chat template does, too, and Flux2KleinPipeline asks for.
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-# Hidden states of tiny/model are about 45 in size. Z-Image has a norm in front of them, FLUX.2 has none: its small sibling
-# carried words 30 times as large as pictures through all blocks, and these could not add to them.
+# Hidden states of tiny/model are about 45 in size. Z-Image has a norm in front of them, FLUX.2 has none: a first
+# attempt carried words 30 times as large as pictures through all blocks, and these could not add to them.
 RESIDUAL = 1 / 64
 SQUARES = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
 GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right", "at the top": "top",
@@ -81,7 +81,8 @@ def assemble(source: Path, folder: Path, pictures: int = 4096) -> None:
         config(content)["vocab_size"] = size
         config(content)["rms_norm_eps"] *= RESIDUAL ** 2
         if part == "vlm":
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("*.safetensors"))
         write_json(folder / part / "config.json", content)
     write_tensors(folder / "vlm" / "model.safetensors", scaled(dict(tensors(source / "vlm"))), {"format": "pt"})
     weights = scaled(dict(tensors(source / "text_encoder")))

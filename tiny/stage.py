@@ -53,10 +53,9 @@ class Stage:
                  clip: float = 1.0, pieces: Callable[[str, Tensor], tuple[Tensor, ...]] = one_matrix) -> None:
         self.model, self.out, self.steps, self.warmup, self.ema, self.clip = model, Path(out), steps, warmup, ema, clip
         self.names, self.pieces = dict(model.named_parameters()), pieces
-        self.parts = {n: [f"{n}[{i}]" for i in range(len(pieces(n, p.data)))] for n, p in self.names.items()
-                      if muon and p.ndim > 1 and is_matrix(n)}                  # name of a weight -> of its matrices
-        matrices = {part: nn.Parameter(view) for n, parts in self.parts.items()
-                    for part, view in zip(parts, pieces(n, self.names[n].data))}
+        self.parts = {n: [nn.Parameter(view) for view in pieces(n, p.data)] for n, p in self.names.items()
+                      if muon and p.ndim > 1 and is_matrix(n)}                  # views of the same memory, for Muon
+        matrices = {f"{n}[{i}]": view for n, views in self.parts.items() for i, view in enumerate(views)}
         others = {n: p for n, p in self.names.items() if n not in self.parts}
         self.matrices, self.targets = matrices, {**others, **matrices}
         adamw = torch.optim.AdamW(others.values(), lr=adam, betas=(0.9, 0.99), weight_decay=0.0)
@@ -113,10 +112,11 @@ class Stage:
             if not norm < float("inf"):
                 raise SystemExit(f"step {step}: the gradient is not finite; the state of the last save is in "
                                  f"{self.out}")
-            for name, parts in self.parts.items():
+            for name, views in self.parts.items():
                 gradient = self.names[name].grad
-                for part, view in zip(parts, [None] * len(parts) if gradient is None else self.pieces(name, gradient)):
-                    self.matrices[part].grad = view
+                parts = [None] * len(views) if gradient is None else self.pieces(name, gradient)
+                for view, part in zip(views, parts, strict=True):
+                    view.grad = part
             for optimizer, _, _ in self.optimizers:
                 optimizer.step()
             self.update_average()
