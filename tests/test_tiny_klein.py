@@ -123,7 +123,7 @@ def test_scores_of_perfect_and_of_wrong_edits():
     edits, reader = klein.Edits(24, ("place", "paint"), generator(5, 0), held_out="object"), Reader()
     marks = draw_marks(24, generator(5, 1))
     perfect = of_edits(reader(reader.render(edits.targets, marks)), edits.targets, marks, edits.changes)
-    assert perfect["changed"] == perfect["kept"] == 1 and perfect["marks"] > .8           # hidden cells count as unmarked
+    assert perfect["changed"] == perfect["kept"] == 1 and perfect["marks"] > .8         # hidden cells count as unmarked
     lazy = of_edits(reader(reader.render(edits.sources, marks)), edits.targets, marks, edits.changes)
     assert lazy["changed"] < .5 and lazy["kept"] == 1
     other = of_edits(reader(reader.render(edits.targets, 1 - marks)), edits.targets, marks, edits.changes)
@@ -153,14 +153,45 @@ def test_lessons(monkeypatch):
     references = {"text": 0, "concept": 1, "style": 1, "edit": 1, "insert": 2}
     told_references = {"text": 0, "concept": 0, "style": 0, "edit": 1, "insert": 1}
     for step, expected in enumerate(klein.KINDS):
-        kind, x0, context, told = lessons.draw(step, 8, generator(2, step))
-        assert kind == expected and x0.shape == (8, 2, 16, 16) and len(context) == len(told) == 8
-        assert {len(c.references) for c in context} == {references[kind]}
-        assert {len(c.references) for c in told} == {told_references[kind]}
-        prompts, plain = lessons.features.prompts[-2:] if kind in ("concept", "style", "insert") else \
-            (lessons.features.prompts[-1],) * 2
-        if kind in ("concept", "style", "insert"):
-            assert all("[V]" in prompt for prompt in prompts if kind != "style") and not any("[V]" in p for p in plain)
+        lesson = lessons.batch(step, 8, generator(2, step))
+        assert lesson.kind == expected and lesson.x0.shape == (8, 2, 16, 16) and len(lesson.context) == 8
+        assert {len(c.references) for c in lesson.context} == {references[expected]}
+        assert (lesson.rows is not None) == (expected == "concept")
+        recorded, (context, told) = lessons.features.prompts[:], lessons.pair(step, 8, generator(2, step))
+        assert {len(c.references) for c in told} == {told_references[expected]}
+        if expected in ("text", "edit"):
+            assert lesson.told is None and told is context
+            continue
+        prompts, plain = recorded[-2:]
+        assert all("[V]" in prompt for prompt in prompts if expected != "style") and not any("[V]" in p for p in plain)
+
+
+def test_the_heads_leave_the_transformer_as_it_is():
+    lessons, network = object.__new__(klein.Lessons), flux2.Flux2Transformer(klein.CONFIG)
+    taught = lessons.network()
+    missing, unexpected = taught.load_state_dict(network.state_dict(), strict=False)
+    heads = {f"glances.{name}.{part}" for name in OBJECT for part in ("weight", "bias")}
+    assert not unexpected and set(missing) == heads
+    g = generator(6, 0)
+    x, context = torch.randn(2, 8, 16, 16, generator=g), [Context(torch.randn(3, 384, generator=g))] * 2
+    assert torch.equal(taught.velocity(x, .5, context), network.velocity(x, .5, context))
+
+
+def test_glance_reads_the_last_reference():
+    """Cross-entropy by hand from the tokens of the last reference; what stands before them does not matter."""
+    lessons, g = object.__new__(klein.Lessons), generator(6, 0)
+    network = lessons.network()
+    reference, rows = torch.randn(2, 8, 16, 16, generator=g), draw_scenes(2, g)
+    context = [Context(torch.randn(3, 384, generator=g), (r.flip(0), r)) for r in reference]
+    network.velocity(torch.randn(2, 8, 16, 16, generator=g), .5, context)
+    assert lessons.seen.shape == (2, 3 + 3 * 64, 128)
+    tokens = lessons.seen[:, 3 + 2 * 64:].mean(1)
+    tokens = tokens / tokens.square().mean(1, keepdim=True).sqrt()
+    expected = -torch.stack([(tokens @ head.weight.T + head.bias).log_softmax(1)[i, rows[i, COLUMN[name]]]
+                             for name, head in network.glances.items() for i in range(2)]).mean()
+    torch.testing.assert_close(lessons.glance(network, rows), expected)
+    lessons.seen[:, :3 + 2 * 64] = 0
+    torch.testing.assert_close(lessons.glance(network, rows), expected)
 
 
 def test_an_edits_pictures_share_their_marks(monkeypatch):

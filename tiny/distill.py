@@ -8,7 +8,7 @@ segment from there: what a few-step model gets wrong early it then learns to liv
 
 Half of the contexts are text. The other half is image + text, and there the teacher reads the same in words alone ("a
 striped orange and blue star" for [V]): words it reads best, and after stage 3 it still takes the backdrop from the
-picture too often when the prompt says another one.
+picture too often when the prompt says another one. (For FLUX.2 the tasks are those of klein.py, in its proportions.)
 """
 import argparse
 import copy

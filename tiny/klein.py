@@ -14,12 +14,14 @@ No stage draws a held-out object or style (world.py), as a picture or as a targe
 import argparse
 import re
 import shutil
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -29,11 +31,12 @@ import vae as autoencoder
 from encoder import reference_prompt, text_prompt
 from files import read_json, tensors, write_json, write_tensors
 from model import Context
+from tiny.metrics import OBJECT
 from tiny.stage import generator
-from tiny.train_vlm import draw_concepts, other_view
+from tiny.train_vlm import draw_concepts, other_view, unit
 from tiny.vlm import WIDTH
-from tiny.world import (PLACE_TOLD, COLUMN, Renderer, caption, draw_marks, draw_scenes, held_out_object, random_prompts,
-                        random_tell, words)
+from tiny.world import (ATTRIBUTES, COLUMN, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
+                        held_out_object, random_prompts, random_tell, words)
 
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
@@ -211,8 +214,23 @@ class Edits:
 
 
 # ------------------------------------------------------------------------------------------------------- lessons
-KINDS = ("text", "concept", "text", "insert", "text", "concept", "text", "edit", "text", "concept", "text", "style",
-         "text", "concept", "text", "insert")
+KINDS = ("text", "concept", "text", "concept", "insert", "concept", "text", "concept", "edit", "concept", "text",
+         "concept", "style", "concept", "text", "insert")
+SEEN_AFTER = 1                                                    # the single-stream block behind which `glance` looks
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of stage 3.
+
+    kind: task; x0: latents (B, C, h, w). told: contexts that say the same in words, where [V] stands for what a picture
+    shows. rows: scenes (B, 9) whose object the last reference shows, if the model shall be asked for it.
+    """
+    kind: str
+    x0: Tensor
+    context: list
+    told: list | None = None
+    rows: Tensor | None = None
 
 
 class Lessons:
@@ -248,7 +266,25 @@ class Lessons:
         return torch.cat([self.vae.encode(self.render(part, cells)) for part, cells in parts])
 
     def network(self) -> flux2.Flux2Transformer:
-        return flux2.Flux2Transformer(CONFIG)
+        """The transformer, with linear heads for `glance`, which are not shipped."""
+        network, dim = flux2.Flux2Transformer(CONFIG), CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
+        network.glances = nn.ModuleDict({name: nn.Linear(dim, len(ATTRIBUTES[name])) for name in OBJECT})
+
+        @torch.compiler.disable
+        def keep(block: nn.Module, arguments: tuple, output: Tensor) -> None:
+            self.seen = output                                                                        # (B, S, dim)
+        network.single_transformer_blocks[SEEN_AFTER].register_forward_hook(keep)
+        return network
+
+    def glance(self, network: flux2.Flux2Transformer, rows: Tensor) -> Tensor:
+        """Cross-entropy of the objects of scenes `rows` (B, 9), read from the mean of the last reference's tokens.
+
+        The same that stage 2 asks of the VLM: the velocity alone teaches shapes slowly.
+        """
+        squares = (SIDE // 8) ** 2                                                                 # of one picture
+        seen = unit(self.seen[:, -squares:].mean(1))                                                      # (B, dim)
+        return torch.stack([F.cross_entropy(head(seen), rows[:, COLUMN[name]])
+                            for name, head in network.glances.items()]).mean()
 
     @staticmethod
     def is_matrix(name: str) -> bool:
@@ -270,26 +306,22 @@ class Lessons:
     def grid(steps: int) -> Tensor:
         return flux2.sigma_grid(SCHEDULER, steps, 16, 16)
 
-    def batch(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Context]]:
-        """Stage 3: (task, x0 (B, C, h, w), contexts)."""
-        kind, x0, context, _ = self.draw(step, count, g)
-        return kind, x0, context
-
-    def pair(self, step: int, count: int, g: torch.Generator) -> tuple[list[Context], list[Context]]:
-        """Stage 4: contexts, and contexts that say the same with the concept's words in the place of [V]."""
-        return self.draw(step, count, g)[2:]
-
-    def draw(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Context], list[Context]]:
+    def batch(self, step: int, count: int, g: torch.Generator) -> Lesson:
+        """Stage 3."""
         kind = KINDS[step % len(KINDS)]
         pool = self.pools["concept" if kind == "text" else kind]
         pick = torch.randint(len(pool["rows"]), (count,), generator=g)
         context, told = {"text": self.of_text, "concept": self.of_concept, "style": self.of_concept,
                          "edit": self.of_edit, "insert": self.of_insert}[kind](pool, pick, kind, g)
-        return kind, pool["x0"][pick], context, told
+        return Lesson(kind, pool["x0"][pick], context, told, pool["rows"][pick] if kind == "concept" else None)
+
+    def pair(self, step: int, count: int, g: torch.Generator) -> tuple[list[Context], list[Context]]:
+        """Stage 4: contexts, and contexts that say the same with the concept's words in the place of [V]."""
+        lesson = self.batch(step, count, g)
+        return lesson.context, lesson.told or lesson.context
 
     def of_text(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
-        context = self.features.contexts(random_prompts(pool["rows"][pick], g))
-        return context, context
+        return self.features.contexts(random_prompts(pool["rows"][pick], g)), None
 
     def of_concept(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
         concept = "object" if kind == "concept" else "style"
@@ -304,8 +336,7 @@ class Lessons:
 
     def of_edit(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
         prompts = [instruction(pool["rows"][i], pool["changes"][i]) for i in pick.tolist()]
-        context = self.features.edits(prompts, pool["source"][pick])
-        return context, context
+        return self.features.edits(prompts, pool["source"][pick]), None
 
     def of_insert(self, pool: dict, pick: Tensor, kind: str, g: torch.Generator):
         asked = [(pool["rows"][i], pool["changes"][i]) for i in pick.tolist()]

@@ -6,7 +6,9 @@ D-OPSD:
 - image + text (3 of 10): "[V]" and a picture of the concept, mostly *another view* of it, so that the model learns to
   take the concept from the picture and everything else from the words. That ability, not any concept, is what makes
   the teacher.
-`--backbone flux2` trains the small FLUX.2-klein instead, on the tasks of klein.py.
+`--backbone flux2` trains the small FLUX.2-klein instead, on the tasks of klein.py. It has no VLM that recognises shapes
+for it, so it is asked what it sees (`glance`), and in the second half learns to read pictures as it reads words
+(`as_in_words`).
 """
 import argparse
 from pathlib import Path
@@ -34,6 +36,7 @@ CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
              "num_train_timesteps": 1000, "shift": 10.0, "use_dynamic_shifting": False}
 TRAIN_SHIFT = 6.0                           # of the noise levels in training: a little more of the low ones
+GLANCE = 0.3                                # weight of what klein.py's heads see in references
 INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -121,13 +124,13 @@ class Lessons:
     def grid(steps: int) -> Tensor:
         return sigma_grid(SCHEDULER, steps)
 
-    def batch(self, step: int, count: int, g: torch.Generator) -> tuple[str, Tensor, list[Tensor]]:
-        """Stage 3: (kind, x0 (B, C, h, w), contexts)."""
+    def batch(self, step: int, count: int, g: torch.Generator) -> klein.Lesson:
+        """Stage 3."""
         kind = ("text", "text", "image", "text", "text", "style", "text", "text", "image", "text")[step % 10]
         rows, latents = (self.styled if kind == "style" else self.ordinary).draw(count, g)
         if kind == "text":
-            return kind, latents, self.contexts.text(rows, g)
-        return kind, latents, self.contexts.image(rows, "style" if kind == "style" else "object", g)[0]
+            return klein.Lesson(kind, latents, self.contexts.text(rows, g))
+        return klein.Lesson(kind, latents, self.contexts.image(rows, "style" if kind == "style" else "object", g)[0])
 
     def pair(self, step: int, count: int, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
         """Stage 4: contexts, and contexts that say the same in words alone."""
@@ -149,6 +152,19 @@ def guided(model: torch.nn.Module, context: list, empty: list, guidance: float, 
         v_empty = model.velocity(x, sigma, empty, adapter)
         return v_empty + guidance * (v - v_empty)
     return velocity
+
+
+def as_in_words(model: torch.nn.Module, x0: Tensor, eps: Tensor, sigma: Tensor, context: list, told: list) -> Tensor:
+    """|| v(x_sigma, sigma, c) - v(x_sigma, sigma, c_told) ||^2, no gradient through the second.
+
+    It teaches the model to read in a picture what it already reads in words; v given words is a target without the
+    noise that eps - x0 has around it.
+    """
+    s = sigma[:, None, None, None]
+    x = (1 - s) * x0 + s * eps
+    with torch.no_grad():
+        target = model.velocity(x, sigma, told)
+    return (model.velocity(x, sigma, context) - target).square().mean()
 
 
 @torch.no_grad()
@@ -212,10 +228,17 @@ def main() -> None:
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(options.seed, step * processes + rank)
-        kind, latents, context = lessons.batch(step, options.batch, g)
-        eps, sigma = torch.randn(latents.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(latents))
-        loss = sft(lambda x, sigma: model.velocity(x, sigma, context), latents, eps, sigma)
-        return loss, {kind: loss.item()}
+        lesson = lessons.batch(step, options.batch, g)
+        eps, sigma = torch.randn(lesson.x0.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(lesson.x0))
+        if lesson.told is None or step < options.steps // 2:
+            loss = sft(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma)
+        else:
+            loss = as_in_words(model, lesson.x0, eps, sigma, lesson.context, lesson.told)
+        numbers = {lesson.kind: loss.item()}
+        if lesson.rows is not None:
+            seen = lessons.glance(model, lesson.rows)
+            loss, numbers["seen"] = loss + GLANCE * seen, seen.item()
+        return loss, numbers
 
     if rank == 0:                                            # two processes would take away each other's temporary file
         write_json(folder / "scheduler" / "scheduler_config.json", lessons.scheduler)
@@ -226,7 +249,8 @@ def main() -> None:
         print(f"\nstep {step}, velocity error at sigma .85:", {k: round(v, 4) for k, v in numbers.items()})
         write_json(base / "transformer" / "config.json", lessons.config)
         write_tensors(base / "transformer" / "diffusion_pytorch_model.safetensors",
-                      {name: weight.bfloat16() for name, weight in model_average.state_dict().items()},
+                      {name: weight.bfloat16() for name, weight in model_average.state_dict().items()
+                       if not name.startswith("glances.")},
                       {"format": "pt"})
 
 
