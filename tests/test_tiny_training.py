@@ -314,19 +314,6 @@ def test_guidance(guidance, calls):
     assert toy.calls == calls
 
 
-def test_pictures_are_learned_in_words():
-    """v = w c x: the loss is w^2 (c - c_told)^2 <x^2>; its gradient 2 w (c - c_told) c <x^2>, for w c_told is fixed."""
-    w = torch.tensor(1.5, requires_grad=True)
-    model = SimpleNamespace(velocity=lambda x, sigma, context: w * context[0] * x)
-    x0, eps = torch.randn(2, 2, 3, 4, 4, generator=seeded(7))
-    sigma = torch.tensor([.3, .8])
-    loss = pretrain.as_in_words(model, x0, eps, sigma, [2.0], [.5])
-    squares = (torch.tensor([.7, .2]).view(2, 1, 1, 1) * x0 + sigma.view(2, 1, 1, 1) * eps).square().mean()
-    torch.testing.assert_close(loss, 1.5 ** 2 * 1.5 ** 2 * squares)
-    loss.backward()
-    torch.testing.assert_close(w.grad, 2 * 1.5 * (2.0 - .5) * 2.0 * squares)
-
-
 def test_noise_levels_follow_the_samplers_time():
     """u uniform and sigma = 6 u / (1 + 5 u): P(sigma <= s) = s / (6 - 5 s), so six sevenths are above a half."""
     n = 20000

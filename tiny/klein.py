@@ -214,8 +214,8 @@ class Edits:
 
 
 # ------------------------------------------------------------------------------------------------------- lessons
-KINDS = ("text", "concept", "text", "concept", "insert", "concept", "text", "concept", "edit", "concept", "text",
-         "concept", "style", "concept", "text", "insert")
+KINDS = ("text", "concept", "text", "edit", "text", "concept", "text", "concept", "text", "insert", "text", "concept",
+         "text", "style", "text", "concept")
 SEEN_AFTER = 1                                                    # the single-stream block behind which `glance` looks
 
 

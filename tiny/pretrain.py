@@ -7,8 +7,7 @@ D-OPSD:
   take the concept from the picture and everything else from the words. That ability, not any concept, is what makes
   the teacher.
 `--backbone flux2` trains the small FLUX.2-klein instead, on the tasks of klein.py. It has no VLM that recognises shapes
-for it, so it is asked what it sees (`glance`), and in the second half learns to read pictures as it reads words
-(`as_in_words`).
+for it, so it is asked what its references show (`glance`).
 """
 import argparse
 from pathlib import Path
@@ -154,19 +153,6 @@ def guided(model: torch.nn.Module, context: list, empty: list, guidance: float, 
     return velocity
 
 
-def as_in_words(model: torch.nn.Module, x0: Tensor, eps: Tensor, sigma: Tensor, context: list, told: list) -> Tensor:
-    """|| v(x_sigma, sigma, c) - v(x_sigma, sigma, c_told) ||^2, no gradient through the second.
-
-    It teaches the model to read in a picture what it already reads in words; v given words is a target without the
-    noise that eps - x0 has around it.
-    """
-    s = sigma[:, None, None, None]
-    x = (1 - s) * x0 + s * eps
-    with torch.no_grad():
-        target = model.velocity(x, sigma, told)
-    return (model.velocity(x, sigma, context) - target).square().mean()
-
-
 @torch.no_grad()
 def check(model: torch.nn.Module, lessons: Lessons, path: Path) -> dict[str, float]:
     """Velocity errors at sigma 0.85 on held-out objects for four kinds of context, and a sheet of samples."""
@@ -230,10 +216,7 @@ def main() -> None:
         g = generator(options.seed, step * processes + rank)
         lesson = lessons.batch(step, options.batch, g)
         eps, sigma = torch.randn(lesson.x0.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(lesson.x0))
-        if lesson.told is None or step < options.steps // 2:
-            loss = sft(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma)
-        else:
-            loss = as_in_words(model, lesson.x0, eps, sigma, lesson.context, lesson.told)
+        loss = sft(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma)
         numbers = {lesson.kind: loss.item()}
         if lesson.rows is not None:
             seen = lessons.glance(model, lesson.rows)
