@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from files import read_json, tensors, write_json, write_tensors
 from model import Context
 from tiny.metrics import OBJECT
 from tiny.stage import generator
-from tiny.train_vlm import draw_concepts, other_view, unit
+from tiny.train_vlm import draw_concepts, glance, other_view
 from tiny.vlm import WIDTH
 from tiny.world import (ATTRIBUTES, COLUMN, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
                         held_out_object, random_prompts, random_tell, words)
@@ -224,7 +223,8 @@ class Lesson:
     """A batch of stage 3.
 
     kind: task; x0: latents (B, C, h, w). told: contexts that say the same in words, where [V] stands for what a picture
-    shows. rows: scenes (B, 9) whose object the last reference shows, if the model shall be asked for it.
+    shows; None where words are all there is. rows: scenes (B, 9) whose object the last reference shows, if the model
+    shall be asked for it.
     """
     kind: str
     x0: Tensor
@@ -276,15 +276,13 @@ class Lessons:
         network.single_transformer_blocks[SEEN_AFTER].register_forward_hook(keep)
         return network
 
-    def glance(self, network: flux2.Flux2Transformer, rows: Tensor) -> Tensor:
-        """Cross-entropy of the objects of scenes `rows` (B, 9), read from the mean of the last reference's tokens.
+    def glance(self, network: flux2.Flux2Transformer, rows: Tensor) -> tuple[Tensor, float]:
+        """What stage 2 asks of the VLM: the objects of scenes `rows` (B, 9), read from the last reference's tokens.
 
-        The same that stage 2 asks of the VLM: the velocity alone teaches shapes slowly.
+        The velocity alone teaches shapes slowly.
         """
         squares = (SIDE // 8) ** 2                                                                 # of one picture
-        seen = unit(self.seen[:, -squares:].mean(1))                                                      # (B, dim)
-        return torch.stack([F.cross_entropy(head(seen), rows[:, COLUMN[name]])
-                            for name, head in network.glances.items()]).mean()
+        return glance(network.glances, self.seen[:, -squares:], rows)
 
     @staticmethod
     def is_matrix(name: str) -> bool:

@@ -219,8 +219,8 @@ def main() -> None:
         loss = sft(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma)
         numbers = {lesson.kind: loss.item()}
         if lesson.rows is not None:
-            seen = lessons.glance(model, lesson.rows)
-            loss, numbers["seen"] = loss + GLANCE * seen, seen.item()
+            seen, shape = lessons.glance(model, lesson.rows)
+            loss, numbers = loss + GLANCE * seen, {**numbers, "seen": seen.item(), "shape seen": shape}
         return loss, numbers
 
     if rank == 0:                                            # two processes would take away each other's temporary file

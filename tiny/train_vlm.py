@@ -72,10 +72,10 @@ def initialise(vlm: nn.Module) -> None:
             nn.init.normal_(parameter, std=std)
 
 
-def glance(reader: Reader, tokens: Tensor, rows: Tensor) -> tuple[Tensor, float]:
-    """Loss of all attributes read from the mean of image tokens (B, n, 128), and the accuracy of the shape."""
+def glance(heads: nn.ModuleDict, tokens: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """Loss of the heads' attributes read from the mean of image tokens (B, n, 128), and the accuracy of the shape."""
     seen = unit(tokens.mean(1))                                                                        # (B, 128)
-    logits = {name: head(seen) for name, head in reader.glances.items()}
+    logits = {name: head(seen) for name, head in heads.items()}
     loss = sum(F.cross_entropy(l, rows[:, COLUMN[name]]) for name, l in logits.items()) / len(logits)
     return loss, float((logits["shape"].argmax(-1) == rows[:, COLUMN["shape"]]).float().mean())
 
@@ -90,7 +90,7 @@ def train_vision(reader: Reader, render: Renderer, out: Path, steps: int, batch:
         g = generator(seed + 1, step * stage.processes + stage.rank)
         rows = draw_scenes(batch, g, styled=0.5)
         tokens = reader.vlm.model.visual(patches(render.draw(rows, g)), grid_thw=cells).pooler_output
-        loss, shape = glance(reader, tokens.view(batch, -1, WIDTH), rows)
+        loss, shape = glance(reader.glances, tokens.view(batch, -1, WIDTH), rows)
         return loss, {"shape seen": shape}
 
     for step in stage.run(loss_of):
@@ -165,7 +165,8 @@ def main() -> None:
         start = (ids == first_concept).long().argmax(1)
         read_image, image_at, accuracy = slots(states[-2], start[:, None] + torch.arange(len(names)), rows, kind)
         matching = F.mse_loss(image_at, words_at.detach())
-        seen, shape_seen = glance(model, states[0][ids == features.image_token].view(len(rows), -1, WIDTH), views)
+        tokens = states[0][ids == features.image_token].view(len(rows), -1, WIDTH)
+        seen, shape_seen = glance(model.glances, tokens, views)
         loss = 0.3 * text + captioning + read_words + 2 * read_image + matching + 2 * seen
         return loss, {"captioning": tokens_right, "matching": matching.item(), "shape seen": shape_seen,
                       **dict(zip(names, accuracy))}
