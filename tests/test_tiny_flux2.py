@@ -67,8 +67,9 @@ def test_diffusers_draws_the_same_pictures(judge):
     rounded = ((source + 1) * 127.5).round() / 127.5 - 1                           # what an 8-bit picture holds
     noise = judge.noise(1, g)
     for prompt, image in ((PROMPTS[0], None), ("move it to the left", to_pil(source[0]))):
-        context = judge.features.edits([prompt], *([] if image is None else [judge.vae.encode(rounded)]))
-        theirs = pipeline(prompt, image=image, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
+        context = (judge.features.contexts([prompt]) if image is None
+                   else judge.features.edits([prompt], judge.vae.encode(rounded)))
+        theirs = pipeline(prompt=prompt, image=image, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
                           latents=flux2.pack(noise).transpose(1, 2).unflatten(2, (8, 8)),
                           max_sequence_length=klein.TOKENS, text_encoder_out_layers=(1, 2, 3), output_type="pt").images
         ours = judge.draw(context, noise)
