@@ -21,9 +21,6 @@ from tiny.world import caption, draw_marks, draw_scenes, random_tell, to_pil
 
 MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("flux2", "flux2_base"))
 
-pytestmark = pytest.mark.skipif(not (MODEL / "transformer").exists(),
-                                reason="no tiny/flux2 here: train it as tiny/README.md says")
-
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
