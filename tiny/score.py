@@ -43,10 +43,21 @@ class Prompts:
     kind: str                       # of the concept that [V] stands for, "object" or "style"; "" without [V]
 
 
+def read_pictures(folder: str, editing: bool = False) -> tuple[list[data.Row], Tensor]:
+    """Rows of a data folder and their pictures (n, 3, 64, 64).
+
+    Raises InputError unless all rows (editing) or none have source images.
+    """
+    rows = data.read_folder(folder)
+    if any(bool(row.sources) != editing for row in rows):
+        says = "no data for editing; use tiny.score" if editing else "data for editing; use tiny.score_edits"
+        raise InputError(f"{folder}: {says}")
+    return rows, torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
+
+
 def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:
     """("object" or "style", the attributes read from the first picture (9,), all pictures (n, 3, 64, 64))."""
-    rows = data.read_folder(folder)
-    pictures = torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
+    rows, pictures = read_pictures(folder)
     kind = "style" if "in [V] style" in rows[0].captions[0] else "object"
     return kind, reader(pictures).rows[0], pictures
 

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
 from encoder import reference_prompt
-from files import InputError, write_json
-from options import run
+from files import write_json
+from options import backbone_of, check_references, run
 from sample import panel, save_png, to_image
 from tiny.klein import CHANGES, Edits, Lessons, changed, instruction
 from tiny.metrics import Reading
-from tiny.score import Judge, adapters
+from tiny.score import Judge, adapters, read_pictures
 from tiny.stage import generator
-from tiny.world import ATTRIBUTES, COLUMN, SIDE, draw_marks, draw_scenes
+from tiny.world import ATTRIBUTES, COLUMN, draw_marks, draw_scenes
 
 
 def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str]) -> dict[str, float]:
@@ -39,10 +38,7 @@ def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str
 
 def edit_of(folder: str, judge: Judge) -> tuple[str, Tensor, Tensor]:
     """Instruction of a data folder with sources, the scene (9,) after its first edit, all targets (n, 3, 64, 64)."""
-    rows = data.read_folder(folder)
-    if not all(row.sources for row in rows):
-        raise InputError(f"{folder}: no data for editing; give a folder whose rows have a source, or use tiny.score")
-    pictures = torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
+    rows, pictures = read_pictures(folder, editing=True)
     return rows[0].captions[0], judge.reader(pictures).rows[0], pictures
 
 
@@ -56,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    check_references(backbone_of(options.model), None, f"tiny.score_edits --model {options.model}")
     judge, g = Judge(options.model), generator(options.seed + 60, 0)
     prompt, concept, pictures = edit_of(options.data, judge)
     sources = draw_scenes(options.prompts, g)
