@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import flux2
+import model as z_image
 import vae as autoencoder
 from files import write_json
-from options import EMBEDDED, backbone_of
+from options import EMBEDDED, backbone_of, run
 from rollout import sample
 from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
 from tiny.pretrain import grid_of, guided, load_features
@@ -23,21 +25,23 @@ from tiny.stage import generator
 from tiny.train_vlm import other_view
 from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
 
-BASE = Path(__file__).parent / "base"                # the transformer before distillation
+BASES = {z_image: Path(__file__).parent / "base", flux2: Path(__file__).parent / "flux2_base"}  # before distillation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--base", type=Path, default=BASE, help="folder with the undistilled transformer/")
+    parser.add_argument("--base", type=Path, help="folder with the undistilled transformer/; default: that "
+                        "beside the embedded model of the same kind")
     parser.add_argument("--out", type=Path, default=Path("out/tiny/evaluate"))
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args()
 
+    backbone = backbone_of(options.model)
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
-    student = backbone_of(options.model).load(options.model, "cpu", torch.float32)
-    base = backbone_of(options.base).load(options.base, "cpu", torch.float32)
+    student, base = (backbone.load(folder, "cpu", torch.float32)
+                     for folder in (options.model, options.base or BASES[backbone]))
     walkers = {"shipped, 4 steps": (student, 4, 1.0), "base, 4 steps": (base, 4, 1.0),
                "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
 
@@ -100,4 +104,4 @@ def in_batches(walk_of, vae, contexts: list[Tensor], noise: Tensor, sigmas: Tens
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
