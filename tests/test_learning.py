@@ -16,11 +16,11 @@ from tiny.stage import generator
 from tiny.world import draw_marks, draw_scenes
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
+STEPS = 8
 
 
 def trained(judge: Judge, data: str, model: Path, out: Path) -> lora.Adapter:
-    arguments = {"--data": data, "--model": model, "--out": out, "--steps": STEPS, "--lr": 3e-3,
+    arguments = {"--data": data, "--model": model, "--out": out, "--steps": STEPS, "--lr": 4e-3,
                  "--sample-every": STEPS, "--save-every": STEPS}
     assert train.main([str(word) for pair in arguments.items() for word in pair]) == 0
     return lora.load(out / "student.safetensors", judge.net)
