@@ -19,13 +19,12 @@ EXAMPLES, TINY = ROOT / "examples", ROOT / "tiny"
     (score, ["--data", EXAMPLES / "ordinary"], "the field 'file_name' is missing"),
     (score, ["--data", EXAMPLES / "nothing"], "examples/nothing"),
     (score, ["--data", EXAMPLES / "star", "--lora", "file"], "--lora file: no name; write NAME=FILE"),
-    (score, ["--data", EXAMPLES / "star", "--model", EXAMPLES], f"{EXAMPLES}"),
+    (score, ["--data", EXAMPLES / "star", "--model", EXAMPLES], str(EXAMPLES)),
     (score_edits, ["--data", EXAMPLES / "star"], "examples/star: no data for editing; use tiny.score"),
     (score_edits, ["--data", EXAMPLES / "paint", "--model", TINY / "model"], "Z-Image takes no reference images"),
-    (score_edits, ["--data", EXAMPLES / "paint", "--model", EXAMPLES], f"{EXAMPLES}"),
+    (score_edits, ["--data", EXAMPLES / "paint", "--model", EXAMPLES], str(EXAMPLES)),
 ])
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, module, arguments, says):
-    monkeypatch.chdir(ROOT)                                                  # the default models are relative to it
     monkeypatch.setattr(sys, "argv", ["score", *map(str, arguments), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
         run(module.main)

@@ -13,19 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import flux2
-import model as z_image
 import vae as autoencoder
 from files import write_json
 from options import EMBEDDED, backbone_of, run
 from rollout import sample
 from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
-from tiny.pretrain import grid_of, guided, load_features
+from tiny.pretrain import grid_of, guided, lessons_of, load_features
 from tiny.stage import generator
 from tiny.train_vlm import other_view
 from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
-
-BASES = {z_image: Path(__file__).parent / "base", flux2: Path(__file__).parent / "flux2_base"}  # before distillation
 
 
 def main() -> None:
@@ -41,7 +37,7 @@ def main() -> None:
     backbone = backbone_of(options.model)
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
     student, base = (backbone.load(folder, "cpu", torch.float32)
-                     for folder in (options.model, options.base or BASES[backbone]))
+                     for folder in (options.model, options.base or lessons_of(options.model).base))
     walkers = {"shipped, 4 steps": (student, 4, 1.0), "base, 4 steps": (base, 4, 1.0),
                "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
 

@@ -237,7 +237,7 @@ class Lessons:
     """Batches of the tasks above: latents x0 (B, C, h, w) with contexts; the latents are encoded once, at the start."""
 
     config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = Path("tiny/flux2"), Path("tiny/flux2_base")
+    folder, base = Path(__file__).parent / "flux2", Path(__file__).parent / "flux2_base"
 
     def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
         """pool: about how many pictures are kept; 0 for stage 4, for which fewer will do."""

@@ -44,7 +44,7 @@ INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
 
 def load_features(folder: Path) -> Features | klein.Features:
     """The frozen VLM of stage 2, put together again from text_encoder/ and vlm/; or what FLUX.2 reads."""
-    if transformer_class(folder) == klein.CONFIG["_class_name"]:
+    if lessons_of(folder) is klein.Lessons:
         return klein.Features(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer)).eval().requires_grad_(False)
@@ -107,7 +107,7 @@ class Lessons:
     """Batches for stages 3 and 4; klein.py has the same for FLUX.2."""
 
     config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = Path("tiny/model"), Path("tiny/base")
+    folder, base = Path(__file__).parent / "model", Path(__file__).parent / "base"
     network, is_matrix = staticmethod(lambda: ZImageTransformer(CONFIG)), staticmethod(is_matrix)
     pieces = staticmethod(one_matrix)
 
@@ -179,6 +179,11 @@ def check(model: torch.nn.Module, lessons: Lessons, path: Path) -> dict[str, flo
 
 
 BACKBONES = {"z-image": Lessons, "flux2": klein.Lessons}
+
+
+def lessons_of(folder: Path) -> type[Lessons | klein.Lessons]:
+    """What the model in a checkpoint folder is taught, by the class of its transformer."""
+    return klein.Lessons if transformer_class(folder) == klein.CONFIG["_class_name"] else Lessons
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
