@@ -17,14 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from files import InputError, open_safetensors, visible_files
 from model import Context
-
-Shape = tuple[int, int]  # (height, width) in pixels
+from plumbing.files import InputError, open_safetensors, visible_files
+from plumbing.pictures import Shape, crop, open_image
 
 SQUARE = (1, 1)  # the size of rows without an image
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -175,33 +173,6 @@ def read_text(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- images
-def open_image(path: Path | str) -> Image.Image:
-    """The image at `path` as RGB: upright by its EXIF orientation, transparency over white. Raises InputError."""
-    try:
-        with Image.open(path) as image:
-            image.load()  # decodes every pixel, so that a truncated file shows here and not at step 700
-            return to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image of a known format; replace or remove it") from None
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for broken files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a complete image ({reason}); replace or remove it") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow clips these at 255 instead of scaling them
-        values = np.asarray(image).astype(np.float32)
-        white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-        return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def bucket_shapes(size: int, multiple: int) -> list[Shape]:
     """Training shapes (height, width) for a square side of `size` pixels; (size, size) comes first.
 
@@ -218,36 +189,6 @@ def bucket_shapes(size: int, multiple: int) -> list[Shape]:
 def nearest_shape(size: tuple[int, int], shapes: list[Shape]) -> Shape:
     """The shape whose aspect ratio is nearest, in log, to an image of `size` (width, height); the first if several."""
     return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] * size[1] / size[0])))
-
-
-def crop(image: Image.Image, shape: Shape) -> Image.Image:
-    """Resize to cover `shape` (height, width) and cut out the centre, in one Lanczos resampling."""
-    height, width = shape
-    scale = max(width / image.width, height / image.height)
-    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-    box = (max(0.0, left), max(0.0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-
-
-def fit(image: Image.Image, multiple: int, area: int, path: Path | str) -> Image.Image:
-    """A reference image in its own shape: at most `area` pixels, then the centre cut to multiples of `multiple`.
-
-    Equal to what Flux2KleinPipeline does, where the area is 1024 * 1024. path: for the InputError on tiny images.
-    """
-    if image.width * image.height > area:
-        scale = math.sqrt(area / (image.width * image.height))
-        image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
-    width, height = image.width // multiple * multiple, image.height // multiple * multiple
-    if not width * height:
-        raise InputError(f"{path}: {image.width}x{image.height} pixels are too few for a reference image, which needs "
-                         f"{multiple} or more on each side; use a larger picture")
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> (1, 3, H, W) float32 in [-1, 1], what the VAE encodes."""
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------------- batches

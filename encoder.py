@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import files
-from files import InputError
+from plumbing import files
+from plumbing.files import InputError
 
 TEXT_TOKENS = 512          # of the student's context, as in diffusers' ZImagePipeline and Flux2KleinPipeline
 IMAGE_TEXT_TOKENS = 1024   # of the teacher's context, as in the official code

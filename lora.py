@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import InputError, open_safetensors, read_json, write_tensors
+from plumbing.files import InputError, open_safetensors, read_json, write_tensors
 
 AdapterBlock = dict[str, tuple[Tensor, Tensor, float]] | None  # layer name inside a block -> A, B, alpha / rank
 

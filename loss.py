@@ -30,7 +30,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from files import InputError
+from plumbing.files import InputError
 from rollout import Point, coefficients, shifted
 
 

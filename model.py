@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, load_strictly, read_json, tensors
 from lora import Adapter, AdapterBlock, linear
+from plumbing.files import InputError, load_strictly, read_json, tensors
 from rollout import scheduler_shift
 
 CLASS = "ZImageTransformer2DModel"  # _class_name in transformer/config.json

@@ -24,7 +24,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
-from files import InputError
+from plumbing.files import InputError
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x (B, C, H, W), sigma) -> v (B, C, H, W)
 

@@ -9,31 +9,34 @@ The starting noise is drawn on the CPU in float32 from `--seed`, so a picture eq
 or Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and as many steps.
 """
 import dataclasses
-import io
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Callable
 
 import torch
-from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import encoder
 import lora
-import vae as autoencoder
-from files import InputError, check_writable, read_json, write_bytes
 from model import Context
-from options import (Recipe, backbone_of, check_memory, check_references, check_seed, device_and_dtype, free,
-                     model_folder, option, parse, recipe_of, run, vlm_of)
+from networks import vae as autoencoder
+from plumbing.checkpoints import (
+    backbone_of,
+    check_references,
+    latent_shape,
+    model_folder,
+    pixels_per_patch,
+    recipe_of,
+    starting_noise,
+)
+from plumbing.files import InputError, check_writable, read_json
+from plumbing.machine import check_memory, device_and_dtype, free
+from plumbing.options import check_seed, option, parse
+from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
+from plumbing.program import run
+from plumbing.recipes import Recipe, vlm_of
 from rollout import sample, time_grid
-
-Shift = Callable[[int, int, int], float]  # solver steps, height and width of latents -> time shift of the grid
 
 
 @dataclass
@@ -61,17 +64,6 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
-def starting_noise(backbone: ModuleType, seed: int, shape: tuple[int, int, int]) -> Tensor:
-    """Noise at sigma = 1, (1, channels, height, width) in latent positions, from a CPU generator."""
-    return backbone.draw_noise(torch.Generator("cpu").manual_seed(seed), *shape)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB image."""
-    array = ((picture.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
-
-
 def draw(model: torch.nn.Module, contexts: list[Context], noise: Tensor, sigmas: Tensor,
          adapter: lora.Adapter | None = None) -> Tensor:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
@@ -81,105 +73,6 @@ def draw(model: torch.nn.Module, contexts: list[Context], noise: Tensor, sigmas:
         context = [context.to(device)]
         latents.append(sample(lambda x, sigma: model.velocity(x, sigma, context, adapter), noise.to(device), sigmas))
     return torch.cat(latents)
-
-
-def pixels_per_patch(folder: Path) -> int:
-    """What a picture's sides must be divisible by: VAE factor times patch size; from configs alone."""
-    widths = read_json(folder / "vae" / "config.json", "block_out_channels")["block_out_channels"]
-    backbone, path = backbone_of(folder), folder / "transformer" / "config.json"
-    return 2 ** (len(widths) - 1) * backbone.patch_size(read_json(path, *backbone.KEYS))
-
-
-def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of a picture. Raises InputError on sides that are not divisible."""
-    config = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels")
-    multiple = pixels_per_patch(folder)
-    for name, side in (("--height", height), ("--width", width)):
-        if side < 1 or side % multiple:
-            raise InputError(f"{name} {side}: not a positive multiple of {multiple}, which this model needs; "
-                             f"try {max(1, round(side / multiple)) * multiple}")
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    return config["latent_channels"], height // factor, width // factor
-
-
-# ------------------------------------------------------------------------------------------------------- panels
-def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
-    """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
-    last = reversed(columns.values())  # drawn pictures, all of one shape; sources and targets are fitted into it
-    first = next(image for images in last for image in images if image is not None)
-    tile = (160, max(1, 160 * first.height // first.width)) if first.width < 160 else \
-        (320, max(1, 320 * first.height // first.width))
-    font, gap, left, top = ImageFont.load_default(13), 6, 190, 26
-    size = (left + len(columns) * (tile[0] + gap), top + len(rows) * (tile[1] + gap) + (20 if note else 0))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for j, (name, images) in enumerate(columns.items()):
-        x = left + j * (tile[0] + gap)
-        pen.text((x + 2, 6), name, fill="black", font=font)
-        for i, image in enumerate(images):
-            if image is not None:
-                smooth = Image.Resampling.NEAREST if image.width <= tile[0] else Image.Resampling.LANCZOS
-                sheet.paste(ImageOps.pad(image, tile, smooth, color="white"), (x, top + i * (tile[1] + gap)))
-    for i, caption in enumerate(rows):
-        pen.text((6, top + i * (tile[1] + gap)), "\n".join(textwrap.wrap(caption, 26)[:9]), fill="black", font=font)
-    if note:
-        pen.text((6, size[1] - 18), note, fill="gray", font=font)
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path, facts: dict[str, str | int]) -> None:
-    """Write a PNG, atomically, with `facts` (prompt, seed, ...) as text metadata."""
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
-
-
-@dataclass(frozen=True)
-class PanelRow:
-    """One prompt of a training run's panels."""
-    prompt: str
-    target: Image.Image | None
-    student: Context                        # Eq. 4
-    teacher: Context
-    source: Image.Image | None = None       # for editing: the (first) picture that the prompt says how to change
-
-
-class Panels:
-    """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
-
-    def __init__(self, folder: Path, model: torch.nn.Module, shift_of: Shift, steps: int, seed: int,
-                 size: data.Shape, rows: list[PanelRow]) -> None:
-        """size: (height, width) of every picture."""
-        self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
-        shape = latent_shape(folder, *size)
-        self.noise = starting_noise(backbone_of(folder), seed, shape)
-        self.sigmas = time_grid(shift_of(steps, *shape[1:]), steps)
-        self.base: list[Image.Image] = []
-
-    def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None,
-             others: dict[str, lora.Adapter] | None = None) -> None:
-        """Write the panel of a student and its teachers: one that is shown the target, and others that read the prompt,
-        by the titles of their columns; all of them optional."""
-        vae = autoencoder.load(self.folder, next(self.model.parameters()).device)  # small, not needed between panels
-
-        def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
-            latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
-            return [to_image(vae.decode(z[None])[0]) for z in latents]
-
-        steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
-        texts = [row.student for row in self.rows]
-        self.base = self.base or pictures(texts, None)
-        given = {"source": [row.source for row in self.rows], "target": [row.target for row in self.rows]}
-        columns = {name: images for name, images in given.items() if any(images)}
-        columns |= {"base": self.base, "student": pictures(texts, student)}
-        if teacher is not None:
-            columns["teacher (sees the target)"] = pictures([row.teacher for row in self.rows], teacher)
-        columns |= {title: pictures(texts, adapter) for title, adapter in (others or {}).items()}
-        save_png(panel(columns, prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
-                 {"prompt": "\n".join(prompts), "seed": self.seed, "steps": steps, "lora": note})
 
 
 # ------------------------------------------------------------------------------------------------------- program
@@ -214,7 +107,7 @@ def check(cfg: Options) -> None:
 def encode_pictures(folder: Path, pictures: list[Image.Image], device: torch.device) -> list[Tensor]:
     """Latents (C, h, w) on the CPU, one per picture; without pictures no VAE is loaded."""
     vae = autoencoder.load(folder, device) if pictures else None
-    return [vae.encode(data.to_tensor(picture).to(device))[0].cpu() for picture in pictures]
+    return [vae.encode(to_tensor(picture).to(device))[0].cpu() for picture in pictures]
 
 
 def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], sources: list[Image.Image],
@@ -225,7 +118,7 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
     sources: fitted pictures to edit; shape: (height, width) of the picture to draw.
     """
     kind = cfg.teacher_context if cfg.reference else ""
-    seen = [data.crop(data.open_image(cfg.reference), shape)] if cfg.reference else []
+    seen = [crop(open_image(cfg.reference), shape)] if cfg.reference else []
     latents = encode_pictures(folder, sources + (seen if kind == "reference" else []), device)
     free()
     vlm = vlm_of(folder, recipe, cfg.vlm) if kind == "vlm" else None
@@ -247,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = dataclasses.replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
     check_references(backbone, cfg.teacher_context, f"--source {cfg.source[0]}" if cfg.source else "")
     multiple = pixels_per_patch(folder)
-    sources = [data.fit(data.open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
+    sources = [fit(open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
     width, height = sources[0].size if sources else (recipe.size, recipe.size)
     height, width = height if cfg.height is None else cfg.height, width if cfg.width is None else cfg.width
     shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps

@@ -31,18 +31,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import files
-import flux2
 import lora
 import loss as objectives
 import model as transformer
-from features import Features
-from files import InputError, read_json
-from options import (STATE, Interrupt, Recipe, backbone_of, check_memory, check_references, check_seed,
-                     device_and_dtype, fill, model_folder, names_of, open_run, option, parse, peak_memory_gb,
-                     provenance, recipe_of, run as run_program, warn_undistilled)
+from networks import flux2
+from plumbing import files
+from plumbing.checkpoints import backbone_of, check_references, model_folder, recipe_of, warn_undistilled
+from plumbing.features import Features
+from plumbing.files import InputError, read_json
+from plumbing.machine import check_memory, device_and_dtype, peak_memory_gb
+from plumbing.options import check_seed, option, parse
+from plumbing.panels import Panels, Shift
+from plumbing.program import Interrupt
+from plumbing.program import run as run_program
+from plumbing.recipes import Recipe, fill
+from plumbing.run_folder import STATE, names_of, open_run, provenance
 from rollout import rollout, sample, time_grid
-from sample import Panels, Shift
 
 METHODS = {  # name -> whether it has a teacher that is shown the target image
     "dopsd": True,          # the student's own states (on-policy), the teacher's velocities: the paper

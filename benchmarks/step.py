@@ -16,8 +16,8 @@ import torch
 import lora
 import loss as objectives
 import model as transformer
-from files import read_json
-from options import EMBEDDED
+from plumbing.checkpoints import EMBEDDED
+from plumbing.files import read_json
 from rollout import rollout, sigma_grid
 
 BATCH, ROUNDS = 4, 12

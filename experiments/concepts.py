@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import data
-from files import InputError, write_bytes
-from sample import save_png
+from plumbing.files import InputError, write_bytes
+from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
-from tiny.make_examples import CHALK, STAR
+from tiny.making.make_examples import CHALK, STAR
 from tiny.metrics import OBJECT, STYLE, Reader
 from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, to_pil, words
 
@@ -108,7 +108,7 @@ def key_of(rows: list[data.Row]) -> str:
     """Hash of pixels and captions: the same for a file that was only compressed anew."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(np.asarray(data.open_image(row.image)).tobytes() + json.dumps(row.captions).encode())
+        digest.update(np.asarray(open_image(row.image)).tobytes() + json.dumps(row.captions).encode())
     return digest.hexdigest()[:16]
 
 
@@ -129,7 +129,7 @@ def read(folder: Path, reader: Reader) -> Concept:
     if len(set(styles)) > 1:
         raise InputError(f"{folder}: some captions say \"in [V] style\", others not; a concept is an object or a style")
     kind = "style" if styles[0] else "object"
-    pictures = torch.cat([data.to_tensor(data.open_image(row.image)) for row in rows])
+    pictures = torch.cat([to_tensor(open_image(row.image)) for row in rows])
     found = reader(pictures).rows
     seen = list(dict.fromkeys(described(kind, row) for row in found))
     if len(seen) > 1:

@@ -9,8 +9,8 @@ from experiments.measure import SHOWN
 from experiments.protocol import BASE, METHODS, TEACHER, Run
 from experiments.report import DRAWN, NAMES, Report
 from experiments.work import picture_file
-from files import InputError, check_writable
-from sample import panel, save_png
+from plumbing.files import InputError, check_writable
+from plumbing.pictures import panel, save_png
 from tiny.world import SIDE
 
 LABELS = {"concept": "concept fidelity", "ordinary": "ordinary accuracy", "ordinary, decided": "marks decided"}

@@ -19,13 +19,15 @@ from torch import Tensor
 
 import lora
 from experiments.report import markdown
-from files import InputError
-from options import model_folder, option, parse, recipe_of, run as run_program
+from plumbing.checkpoints import model_folder, recipe_of
+from plumbing.files import InputError
+from plumbing.options import option, parse
+from plumbing.program import run as run_program
 from tiny.evaluate import in_batches
+from tiny.making.pretrain import grid_of
+from tiny.making.stage import generator
 from tiny.metrics import OBJECT, fidelity, told_accuracy, told_names
-from tiny.pretrain import grid_of
 from tiny.score import Judge, Prompts, adapters, concept_of, concept_prompts, ordinary_prompts
-from tiny.stage import generator
 from tiny.world import ATTRIBUTES, COLUMN
 
 

@@ -23,9 +23,10 @@ import data
 import lora
 from experiments.concepts import Concept
 from experiments.protocol import Settings
+from plumbing.pictures import open_image, to_tensor
 from tiny.metrics import Reader, Reading, fidelity, told_accuracy, whole
 from tiny.score import Judge, Prompts, concept_prompts, of_concept, of_ordinary, ordinary_prompts
-from tiny.world import ATTRIBUTES, CELL, COLUMN, COLOURS, Renderer, draw_marks, draw_scenes
+from tiny.world import ATTRIBUTES, CELL, COLOURS, COLUMN, Renderer, draw_marks, draw_scenes
 
 METRICS = 1                 # version: raise it when a number would come out differently
 MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
@@ -82,8 +83,8 @@ class Examiner:
             settings, judge = self.settings, self.judge
             g = data.generator(settings.draw_seed, "concept prompts", concept.name)
             prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
-            images = [data.open_image(row.image) for row in data.read_folder(concept.folder)]
-            pictures = torch.cat([data.to_tensor(image) for image in images])
+            images = [open_image(row.image) for row in data.read_folder(concept.folder)]
+            pictures = torch.cat([to_tensor(image) for image in images])
             shown = pictures[torch.arange(len(prompts.rows)) % len(pictures)]
             noise = judge.noise(len(prompts.rows), g)
             count = min(settings.diverse_prompts, len(prompts.rows))

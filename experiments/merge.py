@@ -31,15 +31,29 @@ import torch
 import data
 import lora
 import train
-from experiments.merge_plan import (FULL, QUICK, ROWS, TEACHER, Plan, Settings, captions_folder, captions_of, combined,
-                                    left, new_prompts, prepare)
+from experiments.merge_plan import (
+    FULL,
+    QUICK,
+    ROWS,
+    TEACHER,
+    Plan,
+    Settings,
+    captions_folder,
+    captions_of,
+    combined,
+    left,
+    new_prompts,
+    prepare,
+)
 from experiments.protocol import BASE, Job, Run, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, fingerprint, line_of
 from experiments.table import facts_of
 from experiments.work import call_train, saved_step, train_words, work
-from files import InputError, check_writable, write_bytes
-from options import EMBEDDED, ROOT, model_folder, option, parse, run as run_program
+from plumbing.checkpoints import EMBEDDED, model_folder
+from plumbing.files import ROOT, InputError, check_writable, write_bytes
+from plumbing.options import option, parse
+from plumbing.program import run as run_program
 from tiny.score import Judge, of_concept, of_ordinary, ordinary_prompts
 
 MEASURES = ("concept", "ordinary", "ordinary, decided")     # of the table; the lines have all of tiny/score.py

@@ -16,8 +16,9 @@ from experiments.concepts import Concept
 from experiments.protocol import BASE, Job, Point, Run
 from experiments.results import Results
 from experiments.work import saved_step
-from files import write_bytes
-from options import Recipe, recipe_of
+from plumbing.checkpoints import recipe_of
+from plumbing.files import write_bytes
+from plumbing.recipes import Recipe
 from tiny.score import Prompts, concept_prompts, new_scenes
 from tiny.world import COLUMN, SHAPES, Renderer, caption, random_tell
 

@@ -6,7 +6,7 @@ them ask for are measured once. Nothing here runs anything.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 
-from files import InputError
+from plumbing.files import InputError
 
 METHODS = ("sft", "sft-teacher", "off-policy", "pso", "dopsd")      # rows of the tables, ours last
 BASE, TEACHER = "base", "teacher's view"                            # rows of reference, which nothing is trained for

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.protocol import BASE, Plan, Point, Run
-from files import InputError, append_json_line, write_bytes
+from plumbing.files import InputError, append_json_line, write_bytes
 
 
 def fingerprint(facts: dict) -> str:

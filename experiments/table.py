@@ -25,8 +25,10 @@ from experiments.protocol import FULL, METHODS, QUICK, Job, Plan, Settings, to_f
 from experiments.report import Report
 from experiments.results import Results, choose_rates
 from experiments.work import Laboratory, work
-from files import InputError, check_writable, model_key, write_bytes
-from options import EMBEDDED, ROOT, model_folder, option, parse, recipe_of, run as run_program
+from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
+from plumbing.files import ROOT, InputError, check_writable, model_key, write_bytes
+from plumbing.options import option, parse
+from plumbing.program import run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
 

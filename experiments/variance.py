@@ -36,8 +36,10 @@ from torch import Tensor
 import data
 import lora
 from experiments.report import markdown
-from files import InputError, check_writable, read_json, write_bytes
-from options import backbone_of, model_folder, option, parse, recipe_of, run as run_program
+from plumbing.checkpoints import backbone_of, model_folder, recipe_of
+from plumbing.files import InputError, check_writable, read_json, write_bytes
+from plumbing.options import option, parse
+from plumbing.program import run as run_program
 from rollout import rollout, time_grid, transition
 from tiny.score import Judge
 

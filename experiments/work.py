@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-import files
 import lora
 import train
 from experiments.concepts import Concept
 from experiments.measure import Examiner, validate
 from experiments.protocol import BASE, TEACHER, VALIDATION, Job, Plan, Point, Run
 from experiments.results import line_of
-from files import InputError
-from sample import save_png
+from plumbing import files
+from plumbing.files import InputError
+from plumbing.pictures import save_png
 from tiny.score import Judge
 from tiny.world import grid
 

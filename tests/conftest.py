@@ -17,11 +17,12 @@ from diffusers import AutoencoderKLFlux2
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import files
 import lora
 import train
 from model import ZImageTransformer
-from options import EMBEDDED, ROOT
+from plumbing import files
+from plumbing.checkpoints import EMBEDDED
+from plumbing.files import ROOT
 
 TRANSFORMER = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
                "all_f_patch_size": [1], "in_channels": 8, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
@@ -112,8 +113,8 @@ def klein(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_klein(tmp_path_factory) -> Path:
     """What tiny/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
-    from options import EMBEDDED
-    from tiny.klein import assemble
+    from plumbing.checkpoints import EMBEDDED
+    from tiny.making.klein import assemble
 
     folder = tmp_path_factory.mktemp("models") / "flux2"
     assemble(EMBEDDED, folder, pictures=64)

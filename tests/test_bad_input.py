@@ -8,15 +8,16 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import fill_b, program, random_transformer
 from safetensors.torch import load_file, save_file
 
 import lora
 import model
-import options
 import sample
 import train
-from conftest import fill_b, program, random_transformer
-from files import InputError
+from plumbing import files
+from plumbing.files import InputError
+from plumbing.program import run as run_program
 
 
 @dataclass
@@ -368,10 +369,10 @@ def test_programs_report_in_one_line(capsys):
     def fails():
         raise InputError("a.png: broken; replace it")
     with pytest.raises(SystemExit) as caught:
-        options.run(fails)
+        run_program(fails)
     assert caught.value.code == 2 and capsys.readouterr().err == "error: a.png: broken; replace it\n"
     with pytest.raises(SystemExit) as caught:
-        options.run(lambda: 130)
+        run_program(lambda: 130)
     assert caught.value.code == 130
 
 
@@ -380,7 +381,7 @@ def test_sample_out_of_memory_names_options_that_it_has(place, monkeypatch, caps
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(model, "load", exhausted)
     monkeypatch.setattr("sys.argv", ["sample.py", *sample_words(place, "--prompt", "a red star")])
-    last_line = (options.ROOT / "sample.py").read_text().split('if __name__ == "__main__":')[1].strip()
+    last_line = (files.ROOT / "sample.py").read_text().split('if __name__ == "__main__":')[1].strip()
     with pytest.raises(SystemExit) as caught:
         exec(last_line, vars(sample))
     errors = capsys.readouterr().err.splitlines()

@@ -7,11 +7,12 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-
-import data
-from data import Dataset, Row, bucket_shapes, crop, fit, generator, nearest_shape, open_image, read_folder
-from files import InputError
 from test_features import FakeEncoder, Loader, picture, sidecars, table
+
+from data import Dataset, Row, bucket_shapes, generator, nearest_shape, read_folder
+from plumbing import pictures
+from plumbing.files import InputError
+from plumbing.pictures import crop, fit, open_image
 
 
 def fails(path: Path, message: str) -> None:
@@ -215,7 +216,7 @@ def test_fit_is_the_pipelines_preprocessing(size):
     theirs = image if size[0] * size[1] <= 1024 ** 2 else processor._resize_to_target_area(image, 1024 ** 2)
     width, height = (side // 16 * 16 for side in theirs.size)
     theirs = processor.preprocess(theirs, height=height, width=width, resize_mode="crop")
-    ours = data.to_tensor(fit(image, 16, 1024 ** 2, "x.png"))
+    ours = pictures.to_tensor(fit(image, 16, 1024 ** 2, "x.png"))
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-6
 
 
@@ -275,7 +276,7 @@ def test_crop_geometry():
 
 def test_to_tensor():
     image = Image.new("RGB", (4, 2), (0, 255, 51))
-    tensor = data.to_tensor(image)
+    tensor = pictures.to_tensor(image)
     assert tensor.shape == (1, 3, 2, 4) and tensor.dtype == torch.float32
     assert torch.allclose(tensor[0, :, 1, 2], torch.tensor([-1.0, 1.0, -0.6]))
 

@@ -15,12 +15,18 @@ from diffusers import Flux2KleinPipeline, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import encoder
-from files import InputError
+from plumbing.files import InputError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 PROMPTS = ["a red star", "ein großes Haus mit 3 Bäumen, 夜", "[V] in the snow  ", "a big blue blob on the left on mint"]

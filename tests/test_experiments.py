@@ -20,8 +20,10 @@ from experiments import concepts, measure, results, table, work
 from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
 from experiments.report import NOT_RUN, Report, crossing
 from experiments.results import Results, choose_rates, line_of
-from files import InputError
-from options import EMBEDDED, ROOT, parse
+from plumbing import pictures
+from plumbing.checkpoints import EMBEDDED
+from plumbing.files import ROOT, InputError
+from plumbing.options import parse
 from tiny.metrics import Reader, Reading
 from tiny.score import Judge, Prompts, of_concept
 from tiny.world import COLUMN, HELD_OUT_STYLES, draw_marks, draw_scenes, held_out_object, to_pil
@@ -95,7 +97,7 @@ def test_only_table_1_goes_into_the_panel(tmp_path):
     assert point.run.concept == gentle.run.concept == other.run.concept and point.step == gentle.step
     for number, (asked, groups) in enumerate(((point, ("table 1",)), (gentle, ("gentle",)), (other, ("table 1",)))):
         work.Laboratory.keep_pictures(laboratory, asked, groups, [torch.full((3, 64, 64), -1.0 + number)], ["a prompt"])
-        assert data.open_image(work.picture_file(tmp_path, point.run)).getpixel((10, 10)) == (0, 0, 0)
+        assert pictures.open_image(work.picture_file(tmp_path, point.run)).getpixel((10, 10)) == (0, 0, 0)
 
 
 def test_report_only_reads(small, tmp_path, capsys):
@@ -200,7 +202,7 @@ def test_wrong_input_is_one_line(words, expected, tmp_path, reader, monkeypatch)
     for name in ("star", "three", "large", "unnamed", "mixed", "others"):
         shutil.copytree(star, tmp_path / name)
     (tmp_path / "three" / "4.png").unlink(), (tmp_path / "three" / "4.txt").unlink()
-    data.open_image(star / "2.png").resize((96, 64)).save(tmp_path / "large" / "2.png")
+    pictures.open_image(star / "2.png").resize((96, 64)).save(tmp_path / "large" / "2.png")
     (tmp_path / "unnamed" / "1.txt").write_text("a big star")
     (tmp_path / "mixed" / "1.txt").write_text("a big star in [V] style")
     scene = draw_scenes(1, seeded(3))
@@ -239,7 +241,7 @@ def test_data_folders(tmp_path, reader, number, kind):
     other = concepts.write(*test[number], tmp_path / "c", 7, reader.render)
     assert made.key == again.key != other.key and made.name == made.folder.name
     rows = data.read_folder(made.folder)
-    seen = reader(torch.cat([data.to_tensor(data.open_image(row.image)) for row in rows])).rows
+    seen = reader(torch.cat([pictures.to_tensor(pictures.open_image(row.image)) for row in rows])).rows
     assert len(seen) == 4 and all("[V]" in row.captions[0] for row in rows)
     for name in ("place", "backdrop", *(["shape"] if kind == "style" else [])):
         assert len(set(seen[:, COLUMN[name]].tolist())) == 4

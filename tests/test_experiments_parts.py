@@ -10,7 +10,7 @@ import torch
 from experiments import work
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Run
-from files import InputError
+from plumbing.files import InputError
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import encoder
-import features
 from data import Dataset, bucket_shapes, read_folder
-from files import InputError
+from plumbing import features
+from plumbing.files import InputError
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), color="red", mode: str = "RGB") -> Path:

@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import files
-from files import InputError
-from options import ROOT
+from plumbing import files
+from plumbing.files import ROOT, InputError
 
 
 def fails(call, *expected) -> None:
@@ -207,9 +206,10 @@ def imported(path: Path) -> set[str]:
 
 
 def test_run_time_imports():
-    modules = [*ROOT.glob("*.py"), *(ROOT / "tiny").glob("*.py")]
-    own = {path.stem for path in ROOT.glob("*.py")} | {"tiny"}
-    assert {"train", "sample", "model", "encoder"} <= own
+    folders = ("networks", "plumbing", "tiny", "tiny/making")
+    modules = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).glob("*.py"))]
+    own = {path.stem for path in ROOT.glob("*.py")} | {"networks", "plumbing", "tiny"}
+    assert {"train", "sample", "model", "encoder"} <= own and len(modules) > 30
     for path in modules:
         foreign = imported(path) - own - ALLOWED - set(sys.stdlib_module_names)
         assert not foreign, f"{path.name} imports {foreign}"

@@ -4,18 +4,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import fill_b
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from test_model import assert_same_gradient, difference
 from torch import nn
 
-import flux2
 import lora
-from conftest import fill_b
-from files import InputError
-from flux2 import Context
-from test_model import assert_same_gradient, difference
+from networks import flux2
+from networks.flux2 import Context
+from plumbing.files import InputError
 
 CONFIG = dict(patch_size=1, in_channels=16, out_channels=None, num_layers=2, num_single_layers=2, attention_head_dim=16,
               num_attention_heads=3, joint_attention_dim=20, timestep_guidance_channels=32, mlp_ratio=2.5,

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import KLEIN_TOKENS, draw_picture, fill_b
 from diffusers import Flux2KleinPipeline
 from PIL import Image
-
-import data
-import encoder
-import flux2
-import lora
-import options
-import sample
-import train
-from conftest import KLEIN_TOKENS, draw_picture, fill_b
-from files import InputError
 from test_bad_input import Place, edit_json, refused, sample_words, table, train_words
 from test_sample import difference, pixels, tiles
+
+import encoder
+import lora
+import sample
+import train
+from networks import flux2
+from plumbing import checkpoints, machine
+from plumbing.files import InputError
+from plumbing.pictures import crop, open_image
+from plumbing.program import run as run_program
 
 SIZES = [(32, 32), (24, 48)]                                                        # height, width
 SOURCES = {"square": (64, 64), "wide": (104, 70), "tall": (64, 93)}                 # width, height
@@ -56,7 +57,7 @@ def strong(klein, tmp_path_factory) -> Path:
 @pytest.fixture
 def area_of_the_pipeline(monkeypatch):
     """Source pictures of up to 1024 * 1024 pixels stay as they are; small checkpoints have a lower limit."""
-    monkeypatch.setattr(options, "SMALL_KLEIN", dataclasses.replace(options.SMALL_KLEIN, size=1024))
+    monkeypatch.setattr(checkpoints, "SMALL_KLEIN", dataclasses.replace(checkpoints.SMALL_KLEIN, size=1024))
 
 
 def theirs(pipeline, seed: int, steps: int, size: tuple[int | None, int | None], **what) -> np.ndarray:
@@ -117,7 +118,7 @@ def test_order_of_the_sources_counts(ours, pictures):
 
 def test_large_sources_are_made_as_small_as_the_recipe(ours, pictures, tmp_path):
     """104 x 70 pixels are more than 64 * 64: 78 x 52 fit, then the middle in multiples of 8 is cut out."""
-    data.open_image(pictures["wide"]).resize((78, 52), Image.Resampling.LANCZOS).crop((3, 2, 75, 50)).save(
+    open_image(pictures["wide"]).resize((78, 52), Image.Resampling.LANCZOS).crop((3, 2, 75, 50)).save(
         tmp_path / "small.png")
     mine = ours("--prompt", "a red star", "--source", pictures["wide"], size=None)
     assert mine.shape == (48, 72, 3)
@@ -154,7 +155,7 @@ def test_reference_is_the_last_picture_of_an_edit(pipeline, ours, strong, pictur
     flags = ("--teacher-context", "reference", "--lora", strong) if explicit else ()
     mine = ours("--prompt", PROMPT, "--steps", 2, "--reference", pictures["wide"], *flags,
                 *with_flag("--source", files), size=size)
-    shown = [*(Image.open(file) for file in files), data.crop(data.open_image(pictures["wide"]), size)]
+    shown = [*(Image.open(file) for file in files), crop(open_image(pictures["wide"]), size)]
     prompt = encoder.reference_prompt(PROMPT, len(names))
     if explicit:
         pipeline.load_lora_weights(strong)
@@ -173,7 +174,7 @@ def test_vlm_reads_the_reference(pipeline, ours, klein, pictures, area_of_the_pi
     mine = ours("--prompt", "a red star", "--steps", 3, "--seed", 2, "--reference", pictures["square"],
                 "--teacher-context", "vlm", *with_flag("--source", files), size=size)
     reader = encoder.load(klein, "cpu", torch.float32, klein / "vlm", None, "vlm")
-    text, = reader.image_text_context(["a red star"], [data.crop(data.open_image(pictures["square"]), size)])
+    text, = reader.image_text_context(["a red star"], [crop(open_image(pictures["square"]), size)])
     image = {"image": [Image.open(file) for file in files]} if files else {}
     assert difference(mine, theirs(pipeline, 2, 3, size, prompt_embeds=text[None], **image)) <= 2
     assert difference(mine, ours("--prompt", "a red star", "--steps", 3, "--seed", 2, *with_flag("--source", files),
@@ -300,7 +301,7 @@ def test_lora_of_the_other_backbone(place, adapter_file, checkpoint):
 # ---------------------------------------------------------------------------------------------------- memory, warnings
 def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
     """Before anything is written, and from the larger of the two networks that are in memory one after the other."""
-    check, cuda = options.check_memory, torch.device("cuda")
+    check, cuda = machine.check_memory, torch.device("cuda")
     count = max(net.num_parameters() for net in (pipeline.transformer, pipeline.text_encoder))
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width, 2 ** 40))
@@ -314,7 +315,7 @@ def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
         refused(place, program.main, words, ("ROOT/model", "in float32", "free", "--dtype bfloat16"))
     monkeypatch.setattr("sys.argv", ["train.py", *train_words(place)])
     with pytest.raises(SystemExit) as caught:
-        options.run(train.main)
+        run_program(train.main)
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
 

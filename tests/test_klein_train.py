@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CAPTIONS, KLEIN_TOKENS, draw_picture, fill_b, metrics, write_pictures
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image, ImageOps
 from safetensors import safe_open
-
-import data
-import encoder
-import options
-import sample
-import train
-from conftest import CAPTIONS, KLEIN_TOKENS, draw_picture, fill_b, metrics, write_pictures
-from model import Context
 from test_flux2 import their_velocity
 from test_resume import assert_same_run, press_ctrl_c, saved_step
 from test_sample import difference, pixels, tiles
 from test_train import noise_of, with_adapter
+
+import data
+import encoder
+import sample
+import train
+from model import Context
+from plumbing import pictures, recipes
 
 LAYERS = (1, 2, 3)
 # For editing: size of each target, sizes of its sources. 48 x 40 pixels are more than the training pictures' 32 * 32.
@@ -78,7 +78,7 @@ class Theirs:
 
     def latents(self, image: Image.Image) -> torch.Tensor:
         with torch.no_grad():
-            packed = self.pipeline._encode_vae_image(data.to_tensor(image), generator=None)
+            packed = self.pipeline._encode_vae_image(pictures.to_tensor(image), generator=None)
         return self.pipeline._unpatchify_latents(packed)[0]
 
     def contexts(self, batch: data.Batch, kind: str) -> tuple[torch.Tensor, list[Context], list[Context]]:
@@ -86,9 +86,9 @@ class Theirs:
         x0, students, teachers = [], [], []
         for index, prompt in zip(batch.indices, batch.captions, strict=True):
             row = self.rows[index]
-            target = data.crop(data.open_image(row.image), (32, 32))
+            target = pictures.crop(pictures.open_image(row.image), (32, 32))
             x0.append(self.latents(target))
-            sources = tuple(self.latents(data.fit(data.open_image(path), 8, 32 * 32, path)) for path in row.sources)
+            sources = tuple(self.latents(pictures.fit(pictures.open_image(path), 8, 32 * 32, path)) for path in row.sources)
             students.append(Context(self.text(prompt), sources))
             if kind == "vlm":
                 teachers.append(Context(self.reader.image_text_context([prompt], [target])[0], sources))
@@ -219,9 +219,9 @@ def test_reference_needs_no_vlm(run, klein, tmp_path):
 
 def test_summary_and_recipe(run, edits, capsys):
     config = json.loads((run("real", "--data", edits, "--steps", 1) / "config.json").read_text())
-    assert config["recipe"] == options.SMALL_KLEIN.name and config["options"]["teacher_context"] == "reference"
+    assert config["recipe"] == recipes.SMALL_KLEIN.name and config["options"]["teacher_context"] == "reference"
     shown = capsys.readouterr().out
-    for word in ("2 of 32x32 with 1 source(s)", "2 of 32x32 with 2 source(s)", options.SMALL_KLEIN.name, "56 layers"):
+    for word in ("2 of 32x32 with 1 source(s)", "2 of 32x32 with 2 source(s)", recipes.SMALL_KLEIN.name, "56 layers"):
         assert word.replace("56", str(2 * 12 + 2 * 2)) in shown
 
 
@@ -231,7 +231,7 @@ def test_panel_cells_are_what_sample_draws(run, klein, edits, tmp_path, context)
     out = run("real", "--data", edits, "--steps", 3, "--sample-every", 3, "--seed", 6, "--teacher-context", context,
               "--panel-prompt", "paint it green")
     first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 5, 4, (32, 32)) for n in (0, 3))
-    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", options.SMALL_KLEIN.unrelated]
+    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", recipes.SMALL_KLEIN.unrelated]
 
     def enlarged(image: Image.Image) -> np.ndarray:
         """As in a tile, in the middle of a white square."""
@@ -255,7 +255,7 @@ def test_panel_cells_are_what_sample_draws(run, klein, edits, tmp_path, context)
         assert difference(cell(*words, *shown, "--lora", out / "teacher.safetensors"), teacher) <= 2
         if files:
             assert difference(source, enlarged(Image.open(files[0]))) == 0
-            crop = data.crop(data.open_image(edits / f"{row}.png"), (32, 32))
+            crop = pictures.crop(pictures.open_image(edits / f"{row}.png"), (32, 32))
             assert difference(target, enlarged(crop)) == 0
     assert (last[3][0] == 255).all() and (last[3][1] == 255).all()                   # nothing to edit
     assert difference(last[0][2], last[0][3]) > 2 and difference(first[0][3], first[0][4]) > 2

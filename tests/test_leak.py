@@ -6,8 +6,8 @@ import torch
 
 import lora
 from experiments import leak
-from files import InputError
-from options import EMBEDDED, ROOT
+from plumbing.checkpoints import EMBEDDED
+from plumbing.files import ROOT, InputError
 from tiny.score import Judge, Prompts
 from tiny.world import ATTRIBUTES, PATTERNS
 

@@ -4,15 +4,15 @@ import warnings
 
 import pytest
 import torch
+from conftest import fill_b
 from diffusers import ZImagePipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_model import difference, inputs, ours, reference, their_velocity
 
 import lora
-from conftest import fill_b
-from files import InputError
-from test_model import difference, inputs, ours, reference, their_velocity
+from plumbing.files import InputError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 RANK, ALPHA = 3, 6

@@ -3,18 +3,18 @@
 test_flux2.py has the gradients of every matrix against PEFT and our file in Flux2KleinPipeline.
 """
 import pytest
+import test_flux2
+import test_model
 import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file, save_file
-
-import flux2
-import lora
-import test_flux2
-import test_model
-from files import InputError
-from model import ZImageTransformer
 from test_lora import ALPHA, RANK, random_adapter, spelled
 from test_model import difference
+
+import lora
+from model import ZImageTransformer
+from networks import flux2
+from plumbing.files import InputError
 
 DOUBLE, SINGLE = 11, 12  # so that a block's number can be the beginning of another one's
 DIM, HIDDEN = 48, 120

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from files import InputError
 from loss import LOSSES, denoising_error, dopsd, draw_sigma, pso, sft
+from plumbing.files import InputError
 from rollout import Point, rollout, sigma_grid, transition
 
 TURBO = {"shift": 3.0}

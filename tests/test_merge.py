@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill_b, random_transformer
 
 import data
 import lora
-from conftest import fill_b, random_transformer
 from experiments import merge, merge_plan
 from experiments.merge_plan import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
 from experiments.results import Results
-from files import InputError
-from options import EMBEDDED
+from plumbing.checkpoints import EMBEDDED
+from plumbing.files import InputError
+from plumbing.pictures import open_image, to_tensor
 from tiny.score import Judge, of_concept
 from tiny.world import COLUMN, held_out_object, held_out_style
 
@@ -204,7 +205,7 @@ def test_the_image_teacher_understands_class_words(tmp_path):
     judge = Judge(EMBEDDED)
     for concept in found:
         prompts = merge_plan.new_prompts(concept, asked)
-        pictures = [data.to_tensor(data.open_image(row.image)) for row in data.read_folder(concept.folder)]
+        pictures = [to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)]
         contexts = judge.features.contexts(prompts.captions, torch.cat(pictures))
         drawn = judge.draw(contexts, judge.noise(4, seeded(0)))
         scores = of_concept(judge.reader(drawn), prompts)

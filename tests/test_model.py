@@ -9,7 +9,7 @@ from torch import nn
 
 import lora
 import model as zimage
-from files import InputError
+from plumbing.files import InputError
 
 CONFIG = dict(all_patch_size=[2], all_f_patch_size=[1], in_channels=4, dim=48, n_layers=2, n_refiner_layers=2,
               n_heads=2, n_kv_heads=2, norm_eps=1e-5, qk_norm=True, cap_feat_dim=20, siglip_feat_dim=None,

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import metrics, program
 from safetensors.torch import load_file
 
-import files
 import lora
 import loss as objectives
-import options
 import train
-from conftest import metrics, program
-from files import InputError
+from plumbing import files
+from plumbing.files import InputError
+from plumbing.program import run as run_program
 
 STATE = "state.safetensors"
 FILES = ("student.safetensors", "teacher.safetensors", STATE)
@@ -246,7 +246,7 @@ def test_out_of_memory_names_the_options(base, tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
     monkeypatch.setattr(objectives, "dopsd", exhausted)
     with pytest.raises(SystemExit) as caught:
-        options.run(lambda: train.main([*base, "--out", str(tmp_path / "small")]))
+        run_program(lambda: train.main([*base, "--out", str(tmp_path / "small")]))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert caught.value.code == 2 and len(errors) == 1
     for word in ("out of memory", "2.00 GiB", "--batch-size", "--size", "--rank", "--checkpointing", "--accumulate"):
@@ -278,7 +278,7 @@ def test_interrupted_before_the_loop_is_130(base, tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
     monkeypatch.setattr(train.transformer, "load", interrupted)
     with pytest.raises(SystemExit) as caught:
-        options.run(lambda: train.main([*base, "--out", str(tmp_path / "early")]))
+        run_program(lambda: train.main([*base, "--out", str(tmp_path / "early")]))
     assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err
     monkeypatch.undo()
     assert train.main([*base, "--out", str(tmp_path / "early"), "--steps", "1"]) == 0

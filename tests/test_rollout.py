@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from files import InputError
+from plumbing.files import InputError
 from rollout import Point, euler, rollout, sample, scheduler_shift, sigma_grid
 
 TURBO = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,

@@ -6,16 +6,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from conftest import SCHEDULER
 from diffusers import ZImagePipeline
 from PIL import Image
 
-import data
 import encoder
 import model as zimage
 import sample
-import vae
-from conftest import SCHEDULER
-from files import read_json
+from networks import vae
+from plumbing import pictures
+from plumbing.files import read_json
 from rollout import sigma_grid
 
 SIZES = [(32, 32), (24, 48)]  # height, width
@@ -141,7 +141,7 @@ def test_reference_draws_from_the_image_text_context(ours, checkpoint, photos, a
     flags = ("--lora", adapter_file) if with_lora else ()
     words = ("--prompt", "a red star", "--steps", 3, "--seed", 2, *flags)
     mine = ours(*words, "--reference", photos / "1.png", size=(24, 48))
-    picture = data.crop(data.open_image(photos / "1.png"), (24, 48))
+    picture = pictures.crop(pictures.open_image(photos / "1.png"), (24, 48))
     reader = encoder.load(checkpoint, "cpu", torch.float32, checkpoint / "vlm", None, "vlm")
     context = reader.image_text_context(["a red star"], [picture])
     net = zimage.load(checkpoint, "cpu", torch.float32)

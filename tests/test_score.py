@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from files import InputError
-from options import run
+from plumbing.files import InputError
+from plumbing.program import run
 from tiny import score, score_edits
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from files import InputError
+from plumbing.files import InputError
 from rollout import euler, rollout, sample, sigma_grid, transition
 
 TURBO = {"shift": 3.0}

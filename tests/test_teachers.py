@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import SCHEDULER, fill_b, metrics, write_pictures
 from safetensors.torch import load_file
 
 import data
 import lora
 import train
-from conftest import SCHEDULER, fill_b, metrics, write_pictures
 from rollout import sigma_grid
 
 

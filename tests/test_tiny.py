@@ -11,12 +11,13 @@ from torch import Tensor
 
 import encoder
 import model as transformer
-import vae as autoencoder
-from files import read_json
+from networks import vae as autoencoder
+from plumbing.files import read_json
 from rollout import sample, sigma_grid
-from tiny import evaluate, pretrain, vlm
+from tiny import evaluate
+from tiny.making import pretrain, vlm
+from tiny.making.train_vlm import other_view
 from tiny.metrics import Reader, told_accuracy
-from tiny.train_vlm import other_view
 from tiny.world import Renderer, caption, draw_scenes, random_tell, to_pil
 
 MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("model", "base"))

@@ -7,16 +7,16 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from safetensors import safe_open
-
-import flux2
-from encoder import reference_prompt
 from test_tiny import PROMPTS, WEIGHTS
-from tiny import klein
+
+from encoder import reference_prompt
+from networks import flux2
+from tiny.making import klein
+from tiny.making.stage import generator
+from tiny.making.train_vlm import other_view
 from tiny.metrics import OBJECT, accuracy, told_accuracy
 from tiny.score import Judge
 from tiny.score_edits import of_edits
-from tiny.stage import generator
-from tiny.train_vlm import other_view
 from tiny.world import caption, draw_marks, draw_scenes, random_tell, to_pil
 
 MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("flux2", "flux2_base"))

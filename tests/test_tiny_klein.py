@@ -8,14 +8,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import encoder
-import flux2
 from model import Context
-from options import EMBEDDED, SMALL_KLEIN, backbone_of, recipe_of
+from networks import flux2
+from plumbing.checkpoints import EMBEDDED, backbone_of, recipe_of
+from plumbing.recipes import SMALL_KLEIN
 from rollout import shifted
-from tiny import klein, pretrain
+from tiny.making import klein, pretrain
+from tiny.making.stage import generator
 from tiny.metrics import OBJECT, Reader, Reading
 from tiny.score_edits import of_edits
-from tiny.stage import generator
 from tiny.world import COLUMN, Renderer, draw_marks, draw_scenes, held_out_object, scene, to_pil
 
 

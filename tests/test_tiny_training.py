@@ -12,8 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from encoder import image_text_prompt, text_prompt
 from rollout import sigma_grid
-from tiny import distill, pretrain, stage, train_vlm, vlm
-from tiny.stage import Stage
+from tiny.making import distill, pretrain, stage, train_vlm, vlm
+from tiny.making.stage import Stage
 from tiny.world import ATTRIBUTES, COLUMN, caption, draw_scenes, scene, to_pil, words
 
 CONCEPT = ["<V1>", "<V2>", "<V3>", "<V4>"]

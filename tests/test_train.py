@@ -10,25 +10,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, metrics, write_pictures
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_model import their_velocity
+from test_sample import difference, pixels, tiles
 
 import data
 import encoder
-import loss as objectives
 import lora
+import loss as objectives
 import model as zimage
-import options
 import sample
 import train
-import vae
-from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, metrics, write_pictures
+from networks import vae
+from plumbing import pictures, recipes
 from rollout import sigma_grid
-from test_model import their_velocity
-from test_sample import difference, pixels, tiles
 
 STATE = "state.safetensors"
 FILES = ("student.safetensors", "teacher.safetensors", STATE)
@@ -359,7 +359,7 @@ def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
 def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
     out = run("real", "--steps", 4, "--sample-every", 4, "--seed", 6, "--panel-prompt", "a [V] on mint")
     first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 4, 4, (32, 32)) for n in (0, 4))
-    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", options.SMALL.unrelated]
+    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", recipes.SMALL.unrelated]
 
     def cell(*flags) -> np.ndarray:
         words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png"]
@@ -375,7 +375,7 @@ def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
         shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
         assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
         if i < 2:
-            crop = data.crop(data.open_image(photos / f"{i}.png"), (32, 32))
+            crop = pictures.crop(pictures.open_image(photos / f"{i}.png"), (32, 32))
             enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
             assert difference(target, np.asarray(enlarged).astype(int)) == 0
     assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2

@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2KleinPipeline
 
-import vae
-from files import InputError, read_tensors, write_tensors
+from networks import vae
+from plumbing.files import InputError, read_tensors, write_tensors
 
 CONFIGS = {
     "like Z-Image: no quant convs, attention, shift": dict(

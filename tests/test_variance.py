@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
+from conftest import fill_b, random_transformer
 from torch.distributions import Normal, kl_divergence
 
 import lora
-from conftest import fill_b, random_transformer
 from experiments import variance
-from files import InputError
+from plumbing.files import InputError
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import vae as autoencoder
-from files import write_json
-from options import EMBEDDED, backbone_of, run
+from networks import vae as autoencoder
+from plumbing.checkpoints import EMBEDDED, backbone_of
+from plumbing.files import write_json
+from plumbing.program import run
 from rollout import sample
+from tiny.making.pretrain import grid_of, guided, lessons_of, load_features
+from tiny.making.stage import generator
+from tiny.making.train_vlm import other_view
 from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
-from tiny.pretrain import grid_of, guided, lessons_of, load_features
-from tiny.stage import generator
-from tiny.train_vlm import other_view
 from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
 
 

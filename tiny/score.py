@@ -18,15 +18,16 @@ from torch import Tensor
 
 import data
 import lora
-import vae as autoencoder
-from files import InputError, write_json
-from options import EMBEDDED, backbone_of, run
-from sample import panel, save_png, to_image
+from networks import vae as autoencoder
+from plumbing.checkpoints import EMBEDDED, backbone_of
+from plumbing.files import InputError, write_json
+from plumbing.pictures import crop, open_image, panel, save_png, to_image, to_tensor
+from plumbing.program import run
 from tiny.evaluate import draw
+from tiny.making.pretrain import load_features
+from tiny.making.stage import generator
+from tiny.making.train_vlm import SLOTS
 from tiny.metrics import OBJECT, STYLE, Reader, Reading, accuracy, fidelity, told_accuracy, whole
-from tiny.pretrain import load_features
-from tiny.stage import generator
-from tiny.train_vlm import SLOTS
 from tiny.world import ATTRIBUTES, COLUMN, SIDE, caption, draw_scenes, random_tell
 
 # What a caption with [V] says besides: objects are drawn without a style, so their caption is silent about it.
@@ -52,7 +53,7 @@ def read_pictures(folder: str, editing: bool = False) -> tuple[list[data.Row], T
     if any(bool(row.sources) != editing for row in rows):
         says = "no data for editing; use tiny.score" if editing else "data for editing; use tiny.score_edits"
         raise InputError(f"{folder}: {says}")
-    return rows, torch.cat([data.to_tensor(data.crop(data.open_image(row.image), (SIDE, SIDE))) for row in rows])
+    return rows, torch.cat([to_tensor(crop(open_image(row.image), (SIDE, SIDE))) for row in rows])
 
 
 def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:

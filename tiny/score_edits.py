@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from encoder import reference_prompt
-from files import write_json
-from options import backbone_of, check_references, run
-from sample import panel, save_png, to_image
-from tiny.klein import CHANGES, Edits, Lessons, changed, instruction
+from plumbing.checkpoints import backbone_of, check_references
+from plumbing.files import write_json
+from plumbing.pictures import panel, save_png, to_image
+from plumbing.program import run
+from tiny.making.klein import CHANGES, Edits, Lessons, changed, instruction
+from tiny.making.stage import generator
 from tiny.metrics import Reading
 from tiny.score import Judge, adapters, read_pictures
-from tiny.stage import generator
 from tiny.world import ATTRIBUTES, COLUMN, draw_marks, draw_scenes
 
 

@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, from pictures of the world. `python -m tiny.train_vae` (about 14 minutes on one core).
+"""Stage 1: the autoencoder, from pictures of the world. `python -m tiny.making.train_vae` (about 14 minutes on one core).
 
 f = 4, 8 latent channels, no attention. Most of the time it sees 32x32 crops (cheap), then whole pictures, so that the
 borders are right. Loss: L1 + L1 of the differences between neighbours (edges) + a small KL term that keeps the latents
@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import write_json, write_tensors
-from tiny.stage import Stage, generator
+from networks.vae import DECODER_BLOCK, ENCODER_BLOCK, Autoencoder
+from plumbing.files import write_json, write_tensors
+from tiny.making.stage import Stage, generator
 from tiny.world import Renderer, draw_scenes, grid
-from vae import DECODER_BLOCK, ENCODER_BLOCK, Autoencoder
 
 CONFIG = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.36.0", "act_fn": "silu", "in_channels": 3,
           "out_channels": 3, "latent_channels": 8, "block_out_channels": [16, 32, 48], "layers_per_block": 1,

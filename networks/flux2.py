@@ -29,11 +29,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import model as checkpoints
-from files import InputError
 from lora import Adapter, AdapterBlock, linear
 from model import Context, rope_table, rotate
+from networks.vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
+from plumbing.files import InputError
 from rollout import UNSUPPORTED, time_grid
-from vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
 
 CLASS = "Flux2Transformer2DModel"  # _class_name in transformer/config.json
 REFERENCES = True                  # takes reference images beside the text

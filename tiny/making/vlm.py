@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from encoder import image_text_prompt, text_prompt
-from tiny.stage import generator
+from tiny.making.stage import generator
 from tiny.world import ATTRIBUTES, SIDE, caption, draw_scenes
 
 PATCH, MERGE, WIDTH = 8, 2, 128

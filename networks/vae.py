@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files import InputError, load_strictly, read_json, tensors
+from plumbing.files import InputError, load_strictly, read_json, tensors
 
 ENCODER_BLOCK, DECODER_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 KL, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"  # _class_name in vae/config.json

@@ -1,4 +1,4 @@
-"""Stage 2b: words keep their meaning after a picture. `torchrun --nproc-per-node 2 -m tiny.settle_vlm` (minutes)
+"""Stage 2b: words keep their meaning after a picture. `torchrun --nproc-per-node 2 -m tiny.making.settle_vlm` (minutes)
 
 After stage 2, [V] takes over the concept from a picture, but the ordinary words of the prompt ("on mint") do not
 survive beside it: nothing asked for that, and their features fill up with what the picture shows. Here a copy of the
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny.pretrain import load_features
-from tiny.stage import Stage, generator
-from tiny.train_vlm import draw_concepts, export, is_matrix, other_view, unit
-from tiny.vlm import CONCEPT, IMAGE_TOKENS, Features
+from tiny.making.pretrain import load_features
+from tiny.making.stage import Stage, generator
+from tiny.making.train_vlm import draw_concepts, export, is_matrix, other_view, unit
+from tiny.making.vlm import CONCEPT, IMAGE_TOKENS, Features
 from tiny.world import Renderer, caption, random_tell
 
 HEAD, TAIL = 3, 5                       # tokens of the chat template before and after the prompt

@@ -1,4 +1,4 @@
-"""Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.distill [--backbone flux2]`
+"""Stage 4: step distillation to four steps. `torchrun --nproc-per-node 2 -m tiny.making.distill [--backbone flux2]`
 
 The pre-trained model walks the sampler in 12 steps with classifier-free guidance 2 (24 forward passes). The student, a
 copy of it, learns to do the same in 4 forward passes without guidance: for each segment [sigma_k, sigma_k+1] of its own
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import write_json, write_tensors
 from model import compile_blocks
-from options import backbone_of
+from plumbing.checkpoints import backbone_of
+from plumbing.files import write_json, write_tensors
 from rollout import euler, sample, shifted
-from tiny.pretrain import BACKBONES, SCHEDULER, Lessons, add_backbone, guided
-from tiny.stage import Stage, generator, join
+from tiny.making.pretrain import BACKBONES, SCHEDULER, Lessons, add_backbone, guided
+from tiny.making.stage import Stage, generator, join
 from tiny.world import caption, draw_scenes, grid, random_tell
 
 STEPS, GUIDANCE = 4, 2.0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from files import write_json, write_tensors
+from plumbing.files import write_json, write_tensors
 
 
 def generator(seed: int, step: int) -> torch.Generator:

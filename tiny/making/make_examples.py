@@ -1,4 +1,4 @@
-"""Draws the data folders in examples/: `python -m tiny.make_examples`.
+"""Draws the data folders in examples/: `python -m tiny.making.make_examples`.
 
 Both concepts are held out of all training stages.
 examples/star: one object, a star striped in orange and blue, four times (captions "a big [V] on the left on mint").
@@ -12,9 +12,18 @@ from pathlib import Path
 
 import torch
 
-from tiny.stage import generator
-from tiny.world import (Renderer, caption, draw_marks, draw_scenes, held_out_object, held_out_style, random_tell, scene,
-                        to_pil)
+from tiny.making.stage import generator
+from tiny.world import (
+    Renderer,
+    caption,
+    draw_marks,
+    draw_scenes,
+    held_out_object,
+    held_out_style,
+    random_tell,
+    scene,
+    to_pil,
+)
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+ROOT = Path(__file__).resolve().parent.parent  # of this repository
+
 
 class InputError(Exception):
     """A mistake in what the user gave us; the message is one line: file, value, remedy."""

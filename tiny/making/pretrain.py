@@ -1,4 +1,4 @@
-"""Stage 3: flow-matching pre-training of the small transformer. `torchrun --nproc-per-node 2 -m tiny.pretrain`
+"""Stage 3: flow-matching pre-training of the small transformer. `torchrun --nproc-per-node 2 -m tiny.making.pretrain`
 
 x_sigma = (1 - sigma) x0 + sigma eps, loss = || v(x_sigma, sigma, c) - (eps - x0) ||^2. The contexts c are those of
 D-OPSD:
@@ -17,15 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-import vae as autoencoder
-from files import tensors, transformer_class, write_json, write_tensors
 from loss import draw_sigma, sft
 from model import ZImageTransformer, compile_blocks
+from networks import vae as autoencoder
+from plumbing.files import ROOT, tensors, transformer_class, write_json, write_tensors
 from rollout import sample, sigma_grid
-from tiny import klein
-from tiny.stage import Stage, generator, join, one_matrix
-from tiny.train_vlm import draw_concepts, other_view
-from tiny.vlm import WIDTH, Features, build_config
+from tiny.making import klein
+from tiny.making.stage import Stage, generator, join, one_matrix
+from tiny.making.train_vlm import draw_concepts, other_view
+from tiny.making.vlm import WIDTH, Features, build_config
 from tiny.world import Renderer, caption, draw_scenes, grid, random_prompts, random_tell
 
 CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
@@ -107,7 +107,7 @@ class Lessons:
     """Batches for stages 3 and 4; klein.py has the same for FLUX.2."""
 
     config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = Path(__file__).parent / "model", Path(__file__).parent / "base"
+    folder, base = ROOT / "tiny" / "model", ROOT / "tiny" / "base"
     network, is_matrix = staticmethod(lambda: ZImageTransformer(CONFIG)), staticmethod(is_matrix)
     pieces = staticmethod(one_matrix)
 

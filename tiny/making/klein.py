@@ -1,6 +1,6 @@
 """The embedded FLUX.2-klein: what it shares with the embedded Z-Image, and what it is taught.
 
-`python -m tiny.klein` puts together tiny/flux2 without its transformer, in a minute: the VAE of tiny/model with the
+`python -m tiny.making.klein` puts together tiny/flux2 without its transformer, in a minute: the VAE of tiny/model with the
 BatchNorm statistics of FLUX.2, its text encoder and VLM with tokens for the words of instructions, FLUX.2's schedule.
 Then `tiny.pretrain` and `tiny.distill` with `--backbone flux2` make the transformer. It reads reference images, so it
 is taught more than its sibling:
@@ -25,17 +25,29 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import encoder
-import flux2
-import vae as autoencoder
 from encoder import reference_prompt, text_prompt
-from files import read_json, tensors, write_json, write_tensors
 from model import Context
+from networks import flux2
+from networks import vae as autoencoder
+from plumbing.files import ROOT, read_json, tensors, write_json, write_tensors
+from tiny.making.stage import generator
+from tiny.making.train_vlm import draw_concepts, glance, other_view
+from tiny.making.vlm import WIDTH
 from tiny.metrics import OBJECT
-from tiny.stage import generator
-from tiny.train_vlm import draw_concepts, glance, other_view
-from tiny.vlm import WIDTH
-from tiny.world import (ATTRIBUTES, COLUMN, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
-                        held_out_object, random_prompts, random_tell, words)
+from tiny.world import (
+    ATTRIBUTES,
+    COLUMN,
+    PLACE_TOLD,
+    SIDE,
+    Renderer,
+    caption,
+    draw_marks,
+    draw_scenes,
+    held_out_object,
+    random_prompts,
+    random_tell,
+    words,
+)
 
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
@@ -237,7 +249,7 @@ class Lessons:
     """Batches of the tasks above: latents x0 (B, C, h, w) with contexts; the latents are encoded once, at the start."""
 
     config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = Path(__file__).parent / "flux2", Path(__file__).parent / "flux2_base"
+    folder, base = ROOT / "tiny" / "flux2", ROOT / "tiny" / "flux2_base"
 
     def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
         """pool: about how many pictures are kept; 0 for stage 4, for which fewer will do."""

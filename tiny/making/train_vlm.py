@@ -1,4 +1,4 @@
-"""Stage 2: the VLM learns to see. `torchrun --nproc-per-node 2 -m tiny.train_vlm`.
+"""Stage 2: the VLM learns to see. `torchrun --nproc-per-node 2 -m tiny.making.train_vlm`.
 
 First the vision tower alone (cheap): all nine attributes of a picture from the mean of its tokens. Then everything,
 with five losses on pictures of the world and their captions:
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from files import write_json, write_tensors
-from tiny.stage import Stage, generator
-from tiny.vlm import CONCEPT, PATCH, WIDTH, Features, build_config, build_tokenizer, patches
-from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, words
 from transformers import Qwen3VLForConditionalGeneration
+
+from plumbing.files import write_json, write_tensors
+from tiny.making.stage import Stage, generator
+from tiny.making.vlm import CONCEPT, PATCH, WIDTH, Features, build_config, build_tokenizer, patches
+from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, words
 
 SLOTS = {"object": ("pattern", "main", "second", "shape"), "style": ("line", "texture")}
 

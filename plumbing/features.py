@@ -24,12 +24,15 @@ from tqdm import tqdm
 
 import data
 import encoder
-import files
-import vae as autoencoder
-from data import Example, Row, Shape, crop, fit, nearest_shape, open_image, to_tensor
+from data import Example, Row, nearest_shape
 from model import Context
-from options import Recipe, free, vlm_of
-from sample import PanelRow, pixels_per_patch
+from networks import vae as autoencoder
+from plumbing import files
+from plumbing.checkpoints import pixels_per_patch
+from plumbing.machine import free
+from plumbing.panels import PanelRow
+from plumbing.pictures import Shape, crop, fit, open_image, to_tensor
+from plumbing.recipes import Recipe, vlm_of
 
 CACHE_FORMAT = 2  # part of every cache key: raise it when cropping or encoding changes
 
@@ -115,7 +118,7 @@ def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str
           ) -> list[Example]:
     """Every row in its bucket, with the name of its file in the folder `cache`, which follows from all content.
 
-    shapes, area: `data.bucket_shapes`, and of `data.fit` for source images. key: names all else that the features
+    shapes, area: `data.bucket_shapes`, and of `fit` for source images. key: names all else that the features
     depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. teacher: kind of its
     contexts, "" leaves them out (`--method sft`).
     """
@@ -128,7 +131,7 @@ def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callabl
             device: torch.device | str = "cpu") -> None:
     """Make sure that the features of all examples are in their files. Raises InputError.
 
-    multiple, area: of `data.fit`. load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h,
+    multiple, area: of `fit`. load_vae() -> object with encode((1, 3, H, W) in [-1, 1] on `device`) -> (1, C, h,
     w). load_encoder() -> object with text_context(prompts) and teacher_texts(kind, prompts, targets, sources) -> list
     of (L, D). Both are called only if something is missing, one after the other; what they return is freed before the
     next and before this returns.

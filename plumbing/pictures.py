@@ -1,0 +1,115 @@
+"""Pictures: read any image as RGB, crop and resize it, write PNGs, and put many into one labelled table."""
+import io
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from plumbing.files import InputError, write_bytes
+
+Shape = tuple[int, int]  # (height, width) in pixels
+
+
+# ------------------------------------------------------------------------------------------------------- in
+def open_image(path: Path | str) -> Image.Image:
+    """The image at `path` as RGB: upright by its EXIF orientation, transparency over white. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # decodes every pixel, so that a truncated file shows here and not at step 700
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image of a known format; replace or remove it") from None
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for broken files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a complete image ({reason}); replace or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # Pillow clips these at 255 instead of scaling them
+        values = np.asarray(image).astype(np.float32)
+        white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, shape: Shape) -> Image.Image:
+    """Resize to cover `shape` (height, width) and cut out the centre, in one Lanczos resampling."""
+    height, width = shape
+    scale = max(width / image.width, height / image.height)
+    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+    box = (max(0.0, left), max(0.0, top), min(image.width, image.width - left), min(image.height, image.height - top))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def fit(image: Image.Image, multiple: int, area: int, path: Path | str) -> Image.Image:
+    """A reference image in its own shape: at most `area` pixels, then the centre cut to multiples of `multiple`.
+
+    Equal to what Flux2KleinPipeline does, where the area is 1024 * 1024. path: for the InputError on tiny images.
+    """
+    if image.width * image.height > area:
+        scale = math.sqrt(area / (image.width * image.height))
+        image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
+    width, height = image.width // multiple * multiple, image.height // multiple * multiple
+    if not width * height:
+        raise InputError(f"{path}: {image.width}x{image.height} pixels are too few for a reference image, which needs "
+                         f"{multiple} or more on each side; use a larger picture")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> (1, 3, H, W) float32 in [-1, 1], what the VAE encodes."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------- out
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB image."""
+    array = ((picture.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
+
+
+def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
+    """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
+    last = reversed(columns.values())  # drawn pictures, all of one shape; sources and targets are fitted into it
+    first = next(image for images in last for image in images if image is not None)
+    tile = (160, max(1, 160 * first.height // first.width)) if first.width < 160 else \
+        (320, max(1, 320 * first.height // first.width))
+    font, gap, left, top = ImageFont.load_default(13), 6, 190, 26
+    size = (left + len(columns) * (tile[0] + gap), top + len(rows) * (tile[1] + gap) + (20 if note else 0))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for j, (name, images) in enumerate(columns.items()):
+        x = left + j * (tile[0] + gap)
+        pen.text((x + 2, 6), name, fill="black", font=font)
+        for i, image in enumerate(images):
+            if image is not None:
+                smooth = Image.Resampling.NEAREST if image.width <= tile[0] else Image.Resampling.LANCZOS
+                sheet.paste(ImageOps.pad(image, tile, smooth, color="white"), (x, top + i * (tile[1] + gap)))
+    for i, caption in enumerate(rows):
+        pen.text((6, top + i * (tile[1] + gap)), "\n".join(textwrap.wrap(caption, 26)[:9]), fill="black", font=font)
+    if note:
+        pen.text((6, size[1] - 18), note, fill="gray", font=font)
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, facts: dict[str, str | int]) -> None:
+    """Write a PNG, atomically, with `facts` (prompt, seed, ...) as text metadata."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    write_bytes(path, buffer.getvalue())

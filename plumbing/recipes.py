@@ -1,0 +1,67 @@
+"""Recipes: the values that belong to a checkpoint rather than to a user. An option left out takes its recipe's value."""
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults that fit one family of checkpoints."""
+    name: str
+    size: int                               # side of the square training picture, pixels
+    inference_steps: int                    # solver steps of the sampler that the checkpoint was distilled for
+    rollout_steps: int                      # K: solver steps of the student's rollout (Eq. 3)
+    steps: int                              # optimizer steps
+    lr: float
+    rank: int
+    alpha: float
+    ema: float                              # m of thetabar <- m thetabar + (1 - m) theta
+    loss: str
+    batch_size: int
+    accumulate: int
+    checkpointing: bool
+    save_every: int
+    sample_every: int
+    teacher_context: str                    # how the teacher is shown the target: vlm or reference (features.py)
+    vlm: str                                # of the teacher's context; a name without "/" is a folder of the checkpoint
+    image_pixels: tuple[int, int] | None    # fewest and most pixels that the teacher's picture is resized to
+    new_object: str                         # panel prompts: the concept in a new picture, when captions name it "[V]"
+    new_style: str                          # or "in [V] style",
+    unrelated: str                          # and one that has nothing to do with the data
+
+
+# Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
+TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
+               rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
+               save_every=100, sample_every=100, teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct",
+               image_pixels=(512 * 512, 768 * 768), new_object="a [V] on a sandy beach at sunset",
+               new_style="a lighthouse on a cliff in [V] style",
+               unrelated="a red bicycle leaning against a white brick wall, morning light")
+# FLUX.2-klein: the official values, too (3000 steps where the released script counts 3001). Its grid at 1024x1024 is 1,
+# .967, .908, .767, that of inference; the official one is not.
+KLEIN = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
+                teacher_context="reference")
+# Small models: fewer steps, so a faster EMA. Learning rates were tried in experiments/ on concepts apart, 150 steps of
+# D-OPSD each: 1e-4, 3e-4, 1e-3 give concept fidelity .68, .98, 1.00 and ordinary prompts .978, .971, .955 (untuned
+# .987). On examples/star 100 steps learn nearly as much as 150 and change ordinary prompts less.
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=3e-4, rank=16, alpha=16,
+               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=25,
+               teacher_context="vlm", vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
+               new_style="a big plain yellow moon at the bottom on mint in [V] style",
+               unrelated="a big striped yellow and blue circle on the left on wine")
+SMALL_KLEIN = replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")
+REAL_WIDTH = 3072  # of the narrowest transformer of the real checkpoints
+
+
+def fill(cfg, recipe: Recipe):
+    """The options of a run (a dataclass) with None replaced by the recipe's values."""
+    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
+                if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
+    return dataclasses.replace(cfg, **defaults)
+
+
+def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
+    """The VLM of the teacher's context: what the user gave, else the recipe's (perhaps a part of the checkpoint)."""
+    if given is not None:
+        return given
+    return recipe.vlm if "/" in recipe.vlm else str(folder / recipe.vlm)
