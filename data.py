@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from encoder import contexts
 from model import Context
 from plumbing.files import InputError, open_safetensors, visible_files
 from plumbing.pictures import Shape, crop, open_image
 
-SQUARE = (1, 1)  # the size of rows without an image
+NO_IMAGE = (1, 1)  # the size of rows without an image: a square
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "png, jpg, jpeg, webp, bmp"
 OFFICIAL_CAPTIONS = tuple(f"{kind}_{language}" for kind in ("short", "medium", "detailed", "user_prompt")
@@ -93,7 +94,7 @@ def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = Fals
         caption = read_text(path).strip()
         if not caption:
             raise InputError(f"{path}: the caption is empty; write what the image shows")
-        rows.append(Row(image, (caption,), open_image(image).size if image else SQUARE))
+        rows.append(Row(image, (caption,), open_image(image).size if image else NO_IMAGE))
     return rows
 
 
@@ -118,7 +119,7 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
             if not file.is_file():
                 raise InputError(f"{where}: {file}: no such file; correct the path or add the image")
             size = open_image(file).size                # unreadable ones show here; the image is the last
-        rows.append(Row(image, captions, size if image else SQUARE, tuple(sources)))
+        rows.append(Row(image, captions, size if image else NO_IMAGE, tuple(sources)))
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object per image and line")
     if path.name == "metadata.jsonl":
@@ -192,18 +193,13 @@ def nearest_shape(size: tuple[int, int], shapes: list[Shape]) -> Shape:
 
 
 # ------------------------------------------------------------------------------------------------------- batches
-def teacher_references(kind: str, sources: tuple[Tensor, ...], x0: Tensor | None) -> tuple[Tensor, ...]:
-    """Reference latents of the teacher: the sources, and with `--teacher-context reference` the target last."""
-    return (*sources, x0) if kind == "reference" and x0 is not None else sources
-
-
 @dataclass(frozen=True)
 class Example:
     """One row in its bucket, with its features in `file`."""
     row: Row
     shape: Shape            # (height, width) of the training crop
     file: Path              # safetensors: latents (C, h, w), source.j; per caption i student.i, teacher.i (L_i, D)
-    teacher: str            # kind of the teacher's context; "": none
+    kind: str               # of the teacher's context (encoder.TEACHER_CONTEXTS); "": no teacher is shown the target
 
     @property
     def bucket(self) -> tuple[int, int, int]:
@@ -211,9 +207,11 @@ class Example:
         return *self.shape, len(self.row.sources)
 
     def names(self) -> list[str]:
-        sides = ("student", "teacher") if self.teacher else ("student",)
         return (["latents"] + [f"source.{j}" for j in range(len(self.row.sources))]
-                + [f"{side}.{i}" for side in sides for i in range(len(self.row.captions))])
+                + [f"{side}.{i}" for side in self.sides() for i in range(len(self.row.captions))])
+
+    def sides(self) -> tuple[str, ...]:
+        return ("student", "teacher") if self.kind else ("student",)
 
     def is_cached(self) -> bool:
         """False for a file that is absent, broken or incomplete: it is then encoded again."""
@@ -227,16 +225,18 @@ class Example:
         """The training crop: what the VAE encodes and what the teacher is shown; None for captions alone."""
         return crop(open_image(self.row.image), self.shape) if self.row.image else None
 
+    def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x0 (C, h, w), and those of the sources."""
+        with open_safetensors(self.file) as stored:
+            sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
+            return stored.get_tensor("latents"), sources
+
     def read(self, caption: int) -> tuple[Tensor, Context, Context | None]:
         """x0 (C, h, w), and the student's and the teacher's context (Eq. 4) with one of the captions."""
+        x0, sources = self.latents()
         with open_safetensors(self.file) as stored:
-            x0 = stored.get_tensor("latents")
-            sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
-            student = Context(stored.get_tensor(f"student.{caption}"), sources)
-            if not self.teacher:
-                return x0, student, None
-            return x0, student, Context(stored.get_tensor(f"teacher.{caption}"),
-                                        teacher_references(self.teacher, sources, x0))
+            texts = [stored.get_tensor(f"{side}.{caption}") for side in self.sides()]
+        return x0, *contexts(texts[0], texts[1] if self.kind else None, sources, x0, self.kind)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ model, one vector per token, so the unchanged diffusion transformer reads either
     Z-Image         the last but one layer; no <think> block; no padding
     FLUX.2-klein    the layers at 1/4, 1/2 and 3/4 of the depth, side by side; an empty <think> block; padded to 512
 
-FLUX.2-klein's teacher can also see x0 as a reference image (flux2.py); f_text then reads `reference_prompt`.
+FLUX.2-klein's teacher can also see x0 as a reference image; f_text then reads `reference_prompt`. How the teacher is
+shown x0 is a `TeacherContext`, and `contexts` puts both sides together, for training, panels and sample.py.
 
 Differs from the paper / the official code:
 1. The teacher's prompt goes through the chat template once. Officially the student's encoder overwrites its input list,
@@ -26,41 +27,23 @@ Differs from the paper / the official code:
 7. f_mm serves FLUX.2-klein too, officially it sees x0 only as a reference; `reference_prompt` has its own wording.
 """
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen3Model, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from plumbing import files
+from model import Z_IMAGE, Context
+from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
 
 TEXT_TOKENS = 512          # of the student's context, as in diffusers' ZImagePipeline and Flux2KleinPipeline
 IMAGE_TEXT_TOKENS = 1024   # of the teacher's context, as in the official code
 BATCH = 8                  # sequences per forward pass: at 1024 tokens of the 4B model about 1.5 GB of hidden states
 IMAGE_TOKEN = "<|image_pad|>"
-VISUAL = ("model.visual.", "visual.")  # spellings of the vision tower's prefix in VLM checkpoints
-VLM_JSON = ["config.json", "preprocessor_config.json", "*.safetensors.index.json"]
-SHARED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "intermediate_size", "vocab_size", "attention_bias")
-
-
-@dataclass(frozen=True)
-class Style:
-    """The features that a family of diffusion transformers was trained on."""
-    thought: str                              # how the assistant's answer begins: "", or a <think> block that is empty
-    layers: Callable[[int], tuple[int, ...]]  # number of layers -> indices of the hidden states that are concatenated
-    padded: bool                              # short contexts are filled up with pad tokens, which are attended to
-
-
-Z_IMAGE = Style(thought="", layers=lambda depth: (depth - 1,), padded=False)
-KLEIN = Style(thought="<think>\n\n</think>\n\n", layers=lambda depth: (depth // 4, depth // 2, depth * 3 // 4),
-              padded=True)
-STYLES = {"ZImageTransformer2DModel": Z_IMAGE, "Flux2Transformer2DModel": KLEIN}  # by the class of the transformer
 
 
 # ---------------------------------------------------------------------------------------------------- templates
@@ -86,7 +69,7 @@ class Encoder:
     """f_text and, when a VLM was loaded, f_mm. Frozen; `del` gives the memory back."""
 
     def __init__(self, tokenizer, text: Qwen3Model, vlm: Qwen3VLModel | None = None,
-                 image_processor: Qwen2VLImageProcessorPil | None = None, style: Style = Z_IMAGE):
+                 image_processor: Qwen2VLImageProcessorPil | None = None, style: TextStyle = Z_IMAGE.text_style):
         self.tokenizer, self.text, self.vlm, self.image_processor = tokenizer, text, vlm, image_processor
         self.style, self.layers = style, style.layers(text.config.num_hidden_layers)
         self.fewest = min(TEXT_TOKENS, tokenizer.model_max_length) if style.padded else 0  # rows of a context
@@ -130,13 +113,11 @@ class Encoder:
 
     def teacher_texts(self, kind: str, prompts: Sequence[str], targets: Sequence[Image.Image], sources: Sequence[int]
                       ) -> list[Tensor]:
-        """The texts of the teacher's contexts, (L_i, D) each, as `--teacher-context` says: `vlm` or `reference`.
+        """The texts of the teacher's contexts, (L_i, D) each. kind: of TEACHER_CONTEXTS.
 
-        sources: how many source images each prompt has, which count when the target is to be named among them.
+        targets: x0 of each prompt; sources: how many source images each prompt has.
         """
-        if kind == "vlm":
-            return self.image_text_context(prompts, targets)
-        return self.text_context([reference_prompt(p, n) for p, n in zip(prompts, sources, strict=True)])
+        return TEACHER_CONTEXTS[kind].texts(self, prompts, targets, sources)
 
     def _image_text_batch(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Tensor]:
         try:
@@ -190,133 +171,47 @@ def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 60 else prompt[:60] + "...")
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = None, vlm: str | Path | None = None,
-         image_pixels: tuple[int, int] | None = None, teacher_rope: str = "vlm", style: Style | None = None) -> Encoder:
-    """Encoder of the checkpoint `folder` (text_encoder/, tokenizer/), with f_mm when `vlm` names a Qwen3-VL.
+# ---------------------------------------------------------------------------------------------------- Eq. 4
+@dataclass(frozen=True)
+class TeacherContext:
+    """A way to show the teacher the target x0 beside the prompt y. A new one is an entry in TEACHER_CONTEXTS."""
+    texts: Callable[[Encoder, Sequence[str], Sequence[Image.Image], Sequence[int]], list[Tensor]]  # see `teacher_texts`
+    needs_vlm: bool
+    adds_reference: bool    # x0's latents are the last reference image
 
-    dtype: None is bfloat16 on CUDA and float32 elsewhere. vlm: folder or hub id; only its `visual.*` tensors are read.
-    image_pixels: fewest and most pixels that f_mm resizes an image to, None as in the VLM's preprocessor_config.json;
-    officially (512 * 512, 768 * 768) for Qwen3-VL-4B. teacher_rope: rotary base of f_mm, "vlm" (official) or "text"
-    (the text encoder's, with which f_mm without an image would be f_text). style: None is that of the folder's
-    transformer. Raises InputError.
+
+TEACHER_CONTEXTS = {
+    "vlm": TeacherContext(  # Z-Image's official one: a Qwen3-VL reads picture and prompt
+        lambda reader, prompts, targets, sources: reader.image_text_context(prompts, targets),
+        needs_vlm=True, adds_reference=False),
+    "reference": TeacherContext(  # FLUX.2's official one: the transformer reads the latents beside the prompt
+        lambda reader, prompts, targets, sources: reader.text_context(
+            [reference_prompt(prompt, number) for prompt, number in zip(prompts, sources, strict=True)]),
+        needs_vlm=False, adds_reference=True),
+}
+
+
+def contexts(student_text: Tensor, teacher_text: Tensor | None, sources: Sequence[Tensor] = (),
+             x0: Tensor | None = None, kind: str = "") -> tuple[Context, Context | None]:
+    """c_s = f_text(y) and c_t = f_mm(y, x0) of one pair (y, x0), the whole of Eq. 4; c_t is None without a teacher.
+
+    student_text, teacher_text: (L, D), of `text_context` and `teacher_texts`. sources: for editing, the latents
+    (C, h, w) of the pictures that y says how to change, which both sides see. x0: latents (C, h, w) of the target, if
+    there is one. kind: of TEACHER_CONTEXTS.
     """
-    folder, device = Path(folder), torch.device(device)
-    style = style or STYLES[files.transformer_class(folder)]
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    tokenizer = _tokenizer(folder / "tokenizer")
-    text_config = _config(Qwen3Config, folder / "text_encoder" / "config.json", "hidden_size", "num_hidden_layers")
-    if min(style.layers(text_config.num_hidden_layers)) < 1:  # hidden state 0 is the embedding
-        raise InputError(f"{folder / 'text_encoder'}: num_hidden_layers {text_config.num_hidden_layers}, too few to "
-                         "take features from inside; give the text encoder that belongs to this checkpoint")
-    if vlm is not None:  # everything small is checked before gigabytes are read
-        vlm_folder = find_vlm(vlm)
-        vlm_config = _vlm_config(vlm_folder, text_config, tokenizer, teacher_rope)
-        image_processor = _image_processor(vlm_folder, vlm_config, image_pixels)
-        vision = vision_tensors(vlm_folder)
-
-    text = _skeleton(Qwen3Model, text_config, device)
-    weights = ((name.removeprefix("model."), tensor) for name, tensor in files.tensors(folder / "text_encoder"))
-    files.load_strictly(text, weights, folder / "text_encoder", device, dtype, ignore=("lm_head.",))
-    if vlm is None:
-        return Encoder(tokenizer, text, style=style)
-    teacher = _skeleton(Qwen3VLModel, vlm_config, device)
-    files.load_strictly(teacher.visual, vision, vlm_folder, device, dtype)
-    for name, parameter in text.named_parameters():  # the same Parameter objects: the language model exists once
-        owner, _, leaf = name.rpartition(".")
-        setattr(teacher.language_model.get_submodule(owner), leaf, parameter)
-    return Encoder(tokenizer, text, teacher, image_processor, style)
+    student = Context(student_text, tuple(sources))
+    if teacher_text is None:
+        return student, None
+    shown = (x0,) if x0 is not None and kind and TEACHER_CONTEXTS[kind].adds_reference else ()
+    return student, Context(teacher_text, (*sources, *shown))
 
 
-def find_vlm(name: str | Path) -> Path:
-    """Folder of a VLM. From the hub come its configs, its index and the shards with vision tensors, nothing else."""
-    folder = files.checkpoint(str(name), "config.json", VLM_JSON)
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    wanted = {"*.safetensors"}  # a single file has no index
-    if index:
-        weight_map = files.read_json(index[0], "weight_map")["weight_map"]
-        wanted = {file for tensor, file in weight_map.items() if tensor.startswith(VISUAL)}
-    return files.checkpoint(str(name), "config.json", VLM_JSON + sorted(wanted))
+def check_references(backbone: Backbone, kind: str | None, sources: str) -> None:
+    """Raises InputError when reference images are asked for and this backbone takes none.
 
-
-def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name without prefix, tensor) of a VLM's vision tower; no other shard is opened. Raises InputError if none."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        names = list(files.read_json(index[0], "weight_map")["weight_map"])
-    else:
-        names = [name for found in files.shards(folder).values() for name in found]
-    prefix = next((prefix for prefix in VISUAL if any(name.startswith(prefix) for name in names)), None)
-    if prefix is None:
-        raise InputError(f"{folder}: no vision tensors ({VISUAL[0]}*) among its weights; give a Qwen3-VL checkpoint")
-    return ((name.removeprefix(prefix), tensor) for name, tensor in files.tensors(folder, prefix))
-
-
-def _skeleton(kind: type[nn.Module], config, device: torch.device) -> nn.Module:
-    """A model without weights: parameters on the meta device, rotary tables (in no checkpoint) computed."""
-    with torch.device("meta"):
-        model = kind(config)
-    for name, module in list(model.named_modules()):
-        if module._non_persistent_buffers_set:
-            model.set_submodule(name, type(module)(module.config).to(device))
-    return model.eval()
-
-
-def _config(kind, path: Path, *keys: str):
-    found = files.read_json(path, "model_type")["model_type"]
-    if found != kind.model_type:
-        raise InputError(f"{path}: model_type {found!r}, expected {kind.model_type!r}; give a checkpoint of that kind")
-    return kind.from_dict(files.read_json(path, *keys))
-
-
-def _vlm_config(folder: Path, text: Qwen3Config, tokenizer, teacher_rope: str) -> Qwen3VLConfig:
-    """The VLM's config, checked to fit the text encoder and its tokenizer, with the rotary base that was asked for."""
-    config = _config(Qwen3VLConfig, folder / "config.json", "text_config", "vision_config", "image_token_id")
-    for key in SHARED_SIZES:
-        ours, theirs = getattr(text, key), getattr(config.text_config, key)
-        if ours != theirs:
-            raise InputError(f"{folder}: its language model has {key} {theirs}, the checkpoint's text encoder {ours}; "
-                             "give the VLM that belongs to this checkpoint")
-    width = config.vision_config.out_hidden_size
-    if width != text.hidden_size:
-        raise InputError(f"{folder}: vision out_hidden_size {width}, text encoder's hidden_size {text.hidden_size}; "
-                         "give the VLM that belongs to this checkpoint")
-    known = tokenizer.get_vocab()  # the embedding is the text encoder's, so its tokenizer is the one to use
-    for token, id in (("<|vision_start|>", config.vision_start_token_id), (IMAGE_TOKEN, config.image_token_id),
-                      ("<|vision_end|>", config.vision_end_token_id)):
-        if known.get(token) != id:
-            raise InputError(f"{folder}: {token} has id {id} here, {known.get(token)} in the checkpoint's tokenizer; "
-                             "give the VLM that belongs to this checkpoint")
-    if teacher_rope not in ("vlm", "text"):
-        raise InputError(f"teacher_rope: {teacher_rope!r}; choose vlm or text")
-    if teacher_rope == "text":
-        config.text_config.rope_parameters["rope_theta"] = text.rope_parameters["rope_theta"]
-    return config
-
-
-def _image_processor(folder: Path, config: Qwen3VLConfig, pixels: tuple[int, int] | None) -> Qwen2VLImageProcessorPil:
-    path = folder / "preprocessor_config.json"
-    content = files.read_json(path, "patch_size", "image_mean", "image_std")
-    if pixels is not None:
-        content.update(min_pixels=pixels[0], max_pixels=pixels[1])  # these win over the file's "size"
-    processor = Qwen2VLImageProcessorPil.from_dict(content)
-    vision = config.vision_config
-    for key, needed in (("patch_size", vision.patch_size), ("temporal_patch_size", vision.temporal_patch_size),
-                        ("merge_size", vision.spatial_merge_size)):
-        if getattr(processor, key) != needed:
-            raise InputError(f"{path}: {key} {getattr(processor, key)}, config.json asks for {needed}; "
-                             "use the file that belongs to this checkpoint")
-    return processor
-
-
-def _tokenizer(folder: Path):
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many unrelated types for an unreadable folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: not readable as a tokenizer ({reason}); copy or download it again") from None
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: its tokenizer has no pad_token; use the tokenizer that belongs to the checkpoint")
-    return tokenizer
+    kind: of TEACHER_CONTEXTS, or nothing; sources: what asks for source images; "": nothing does.
+    """
+    asked = f"--teacher-context {kind}" if kind and TEACHER_CONTEXTS[kind].adds_reference else sources
+    if asked and not backbone.takes_references:
+        raise InputError(f"{asked}: {backbone.name} takes no reference images; use a FLUX.2 checkpoint, or leave this "
+                         "out")

@@ -10,45 +10,16 @@ Differs from the official code:
 2. Files have alpha / rank folded into B and diffusers' key names; the official code saves raw PEFT keys, which
    diffusers silently ignores and ComfyUI does not know.
 """
-import json
-import math
-import re
-import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plumbing.files import InputError, open_safetensors, read_json, write_tensors
+from plumbing.files import InputError, write_tensors
+from rollout import Velocity
 
 AdapterBlock = dict[str, tuple[Tensor, Tensor, float]] | None  # layer name inside a block -> A, B, alpha / rank
-
-PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
-# What the original weights, and so ComfyUI, kohya and ai-toolkit, call our groups of blocks and the layers inside them.
-# Several layers with one name are the rows of one fused Linear, from top to bottom.
-ORIGINAL = {
-    # Z-Image
-    "attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv", "attention.to_v": "attention.qkv",
-    "attention.to_out.0": "attention.out",
-    # FLUX.2
-    "transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks",
-    "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
-    "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
-    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
-    "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
-    "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
-    "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2",
-}
-BACKBONES = {  # what tells whose layer a name means, in any spelling; FLUX.1 has some of FLUX.2's names
-    "Z-Image": re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)"),
-    "FLUX.2": re.compile(r"transformer_blocks[._]\d+[._](attn[._](to|add)_|ff(_context)?[._]linear_)"
-                         r"|(double|single)_blocks[._]\d"),
-}
-SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
-KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-                 r"(?:\.default)?\.weight|(?P<alpha>alpha))")
-DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
 
 
 class Adapter:
@@ -139,6 +110,59 @@ def ema_(teacher: Adapter, student: Adapter, decay: float) -> None:
         slow.lerp_(fast, 1 - decay)
 
 
+# ---------------------------------------------------------------------------------------------------- both sides
+def velocity_of(model: nn.Module, context: list, adapter: Adapter | None) -> Velocity:
+    """(x, sigma) -> v with context and weights bound: the student's of Eq. 5, the teacher's of Eq. 6."""
+    return lambda x, sigma: model.velocity(x, sigma, context, adapter)
+
+
+class Tuned:
+    """What training changes: the adapter theta of the student and theta_bar of the teacher, on one frozen network."""
+
+    def __init__(self, model: nn.Module, rank: int, alpha: float, seed: int):
+        self.model, self.device = model, next(model.parameters()).device
+        self.theta = create(model, rank, alpha, seed)
+        self.theta_bar = copy(self.theta)                               # the teacher starts as the student
+
+    def student(self, context: list) -> Velocity:
+        return velocity_of(self.model, context, self.theta)
+
+    def teacher(self, context: list) -> Velocity:
+        return velocity_of(self.model, context, self.theta_bar)
+
+    def frozen(self, context: list, adapter: Adapter | None) -> Velocity:
+        """Of another adapter, or of the model as it was."""
+        return velocity_of(self.model, context, adapter)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What the optimizer changes, by name."""
+        return self.theta.tensors()
+
+    def ema_(self, decay: float) -> None:
+        """theta_bar <- m theta_bar + (1 - m) theta."""
+        ema_(self.theta_bar, self.theta, decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs."""
+        return {f"{side}.{name}": tensor for side, adapter in self._sides()
+                for name, tensor in adapter.tensors().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises InputError unless names and shapes are the same."""
+        for side, adapter in self._sides():
+            adapter.load_tensors({name.removeprefix(f"{side}."): tensor for name, tensor in state.items()
+                                  if name.startswith(f"{side}.")})
+
+    def save(self, folder: Path, metadata: dict[str, str], with_teacher: bool) -> None:
+        """student.safetensors and, on demand, teacher.safetensors, for `sample.py` and other programs."""
+        for side, adapter in self._sides():
+            if side == "student" or with_teacher:
+                save(adapter, folder / f"{side}.safetensors", metadata)
+
+    def _sides(self) -> tuple[tuple[str, Adapter], tuple[str, Adapter]]:
+        return ("student", self.theta), ("teacher", self.theta_bar)
+
+
 # ---------------------------------------------------------------------------------------------------- files
 def save(adapter: Adapter, path: Path, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file for diffusers, ComfyUI and `load`: float32, alpha / rank folded into B, no alpha keys.
@@ -150,114 +174,3 @@ def save(adapter: Adapter, path: Path, metadata: dict[str, str] | None = None) -
         weights[f"transformer.{name}.lora_A.weight"] = A
         weights[f"transformer.{name}.lora_B.weight"] = adapter.scale * B.detach()
     write_tensors(path, weights, metadata)
-
-
-def load(path: Path, model: nn.Module) -> Adapter:
-    """The frozen adapter in a file, for `model` (which has `adaptable_names()`), on the model's device.
-
-    Reads our own files and the spellings of PEFT, diffusers, ComfyUI, kohya, ai-toolkit, OneTrainer and LyCORIS; ranks
-    may differ between layers and layers may be missing. The file's alpha is folded into B, so the result has scale 1.
-    A file in PEFT's spelling keeps alpha in adapter_config.json beside it; without that file the scale is taken as 1,
-    with a warning.
-    Raises InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a LoRA in a .safetensors file")
-    spellings = _spellings(model.adaptable_names())
-    with open_safetensors(path) as file:
-        keys = list(file.keys())
-        _check_backbone(path, keys, model)
-        config = _alpha_config(path, file.metadata() or {}, any(key.startswith("base_model.") for key in keys))
-        found: dict[str, dict[str, Tensor]] = {}
-        for key in keys:
-            layer, part = _parse(path, key, spellings)
-            found.setdefault(layer, {})[part] = file.get_tensor(key).float()
-    device = next(model.parameters()).device
-    weights: dict[str, tuple[Tensor, Tensor]] = {}
-    for layer, parts in found.items():
-        for name, A, B in _pairs(path, layer, parts, spellings[layer], model, config):
-            if name in weights:
-                raise InputError(f"{path}: {name} occurs twice in different spellings; use a file with one of them")
-            weights[name] = (A.to(device), B.to(device))
-    if not weights:
-        raise InputError(f"{path}: no LoRA in this file; give a LoRA made for this transformer")
-    rank = max(len(A) for A, _ in weights.values())
-    return Adapter(weights, rank, alpha=rank)
-
-
-def _check_backbone(path: Path, keys: list[str], model: nn.Module) -> None:
-    """Raises InputError for a LoRA of the other backbone."""
-    def backbone(names: list[str]) -> str | None:
-        return next((name for name, layers in BACKBONES.items() if any(map(layers.search, names))), None)
-
-    own, other = backbone(model.adaptable_names()), backbone(keys)
-    if other not in (own, None):
-        raise InputError(f"{path}: this is a LoRA for {other}, the model is {own}; give a LoRA made for {own} "
-                         f"or a {other} model")
-
-
-def _spellings(names: list[str]) -> dict[str, list[str]]:
-    """Spelling of a layer, without prefix -> the layers meant: three, in the order of `names`, for fused q, k and v."""
-    table: dict[str, list[str]] = {}
-    for name in names:
-        group, index, local = name.split(".", 2)
-        original = f"{ORIGINAL.get(group, group)}.{index}.{ORIGINAL.get(local, local)}"
-        for spelling in {name, original}:  # a set: some layers of Z-Image have one name only
-            table.setdefault(spelling, []).append(name)
-            table.setdefault(spelling.replace(".", "_"), []).append(name)  # kohya writes no dots
-    return table
-
-
-def _parse(path: Path, key: str, spellings: dict[str, list[str]]) -> tuple[str, str]:
-    """A key of the file -> (spelling of its layer without prefix, "A" | "B" | "alpha")."""
-    match = KEY.fullmatch(key)
-    layer = match["layer"] if match else ""
-    while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
-        layer = layer.removeprefix(prefix)
-    if layer not in spellings:
-        raise InputError(f"{path}: unknown key {key}; give a LoRA made for this transformer")
-    return layer, SIDES[match["side"]] if match["side"] else "alpha"
-
-
-def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], model: nn.Module, config: dict
-           ) -> list[tuple[str, Tensor, Tensor]]:
-    """(layer name, A, B with the scale folded in) for one layer of the file; a fused one gives three that share A."""
-    if "A" not in parts or "B" not in parts:
-        missing = "A (down)" if "A" not in parts else "B (up)"
-        raise InputError(f"{path}: {layer} has no matrix {missing}; the file is incomplete, copy or download it again")
-    A, B = parts["A"], parts["B"]
-    inner = model.get_submodule(names[0]).in_features
-    sizes = [model.get_submodule(name).out_features for name in names]
-    rank = len(A) if A.ndim == 2 else 0
-    if rank < 1 or tuple(A.shape) != (rank, inner) or tuple(B.shape) != (sum(sizes), rank):
-        raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (rank, {inner}) "
-                         f"and ({sum(sizes)}, rank); give a LoRA made for this transformer")
-    scale = parts["alpha"].item() / rank if "alpha" in parts else _config_scale(config, layer, rank)
-    return [(name, A.clone(), scale * rows) for name, rows in zip(names, B.split(sizes))]
-
-
-def _alpha_config(path: Path, metadata: dict[str, str], raw_peft: bool) -> dict:
-    """Where PEFT and diffusers write alpha, with PEFT's field names; {} if the file says nothing about it."""
-    if DIFFUSERS_METADATA in metadata:
-        try:
-            fields = json.loads(metadata[DIFFUSERS_METADATA])
-            return {key.removeprefix("transformer."): value for key, value in fields.items()}
-        except (json.JSONDecodeError, AttributeError):
-            raise InputError(f"{path}: metadata {DIFFUSERS_METADATA} is no JSON object; save the file again") from None
-    if not raw_peft:
-        return {}
-    config = path.with_name("adapter_config.json")
-    if config.is_file():
-        return read_json(config, "lora_alpha")
-    warnings.warn(f"{path}: PEFT keys without adapter_config.json beside them, so alpha is unknown; loaded at scale 1")
-    return {}
-
-
-def _config_scale(config: dict, layer: str, rank: int) -> float:
-    """PEFT's alpha / rank, or alpha / sqrt(rank) with use_rslora; alpha_pattern overrides alpha for matching layers."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

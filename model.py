@@ -11,8 +11,8 @@ Differs from the official code:
 5. Only what Z-Image uses: one patch size, one frame, no SigLIP branch. Other configurations are refused.
 """
 import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import Adapter, AdapterBlock, linear
-from plumbing.files import InputError, load_strictly, read_json, tensors
-from rollout import scheduler_shift
+from plumbing.backbone import Backbone, TextStyle
+from plumbing.files import InputError
+from plumbing.recipes import SMALL, TURBO
 
-CLASS = "ZImageTransformer2DModel"  # _class_name in transformer/config.json
-REFERENCES = False                  # no reference images beside the text
 KEYS = ("all_patch_size", "all_f_patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads",
         "n_kv_heads", "norm_eps", "qk_norm", "cap_feat_dim", "rope_theta", "t_scale", "axes_dims", "axes_lens")
 LORA_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
@@ -34,7 +33,9 @@ MODULATION = "adaLN_modulation.0"  # not trained by us, but adapter files of oth
 SEQUENCE_MULTIPLE = 32  # caption and image are each padded to this with learned tokens, which are attended to
 TIME_WIDTH = 256        # widest time embedding, and the number of its sinusoids
 QK_EPS = 1e-5           # of the query and key norms, whatever norm_eps says
-RECOMPILE_LIMIT = 64    # grad or not, adapter or not, mask or not, a few shapes: torch's limit of 8 is soon reached
+# Options of scheduler_config.json that would give another grid or another step than the one below.
+UNSUPPORTED = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+               "invert_sigmas", "shift_terminal", "stochastic_sampling")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,22 @@ class Context:
         return Context(self.text.to(device), tuple(latents.to(device) for latents in self.references))
 
 
-def patch_size(config: dict) -> int:  # this and the next two, which flux2.py has as well, need no weights
-    """Sides of the latents are multiples of this; config: content of transformer/config.json."""
-    return config["all_patch_size"][0]
+# ---------------------------------------------------------------------------------------------------- facts
+def scheduler_shift(scheduler_config: dict) -> float:
+    """The `shift` of a scheduler_config.json whose other options leave the plain grid as it is. Raises InputError."""
+    name = scheduler_config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise InputError(f"scheduler_config.json: _class_name {name} is not supported; "
+                         "use a checkpoint with FlowMatchEulerDiscreteScheduler")
+    for key in UNSUPPORTED:
+        if scheduler_config.get(key):
+            raise InputError(f"scheduler_config.json: {key} = {scheduler_config[key]} is not supported; "
+                             "use a checkpoint with a plain shift (Z-Image-Turbo has shift 3.0)")
+    shift = scheduler_config.get("shift")
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < float("inf"):
+        raise InputError(f"scheduler_config.json: shift = {shift} is not a positive number; "
+                         "use the config that belongs to this checkpoint (Z-Image-Turbo has 3.0)")
+    return float(shift)
 
 
 def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> float:
@@ -359,42 +373,12 @@ class ZImageTransformer(nn.Module):
                                  f"choose a smaller {side}")
 
 
-def _skeleton(folder: Path, network: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
-    """The network of a transformer folder on the meta device. Raises InputError."""
-    config = read_json(folder / "config.json", *keys)
-    try:
-        with torch.device("meta"):
-            return network(config)
-    except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
-
-
-def check(folder: Path, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS) -> nn.Module:
-    """The transformer without memory, on the meta device. Raises the InputError of `load` from the files' headers."""
-    folder = Path(folder) / "transformer"
-    model = _skeleton(folder, network, keys)
-    load_strictly(model, tensors(folder, only_shapes=True), folder, "meta", torch.float32)
-    return model
-
-
-def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-         compile: bool = False, network: type[nn.Module] = ZImageTransformer, keys: tuple[str, ...] = KEYS):
-    """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
-
-    checkpointing: recompute each block in the backward pass; compile: torch.compile of the repeated block; network: its
-    class; keys: of its config. Raises InputError when files are missing or do not belong together.
-    """
-    folder = Path(folder) / "transformer"
-    model = _skeleton(folder, network, keys)
-    load_strictly(model, tensors(folder), folder, device, dtype)
-    model.checkpointing = checkpointing
-    if compile:
-        compile_blocks(model)
-    return model.eval()
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of the repeated block, in place: a minute of work at the first steps, faster ever after."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    for block in model.blocks().values():
-        block.compile()
+# ---------------------------------------------------------------------------------------------------- the record
+Z_IMAGE = Backbone(
+    name="Z-Image", class_name="ZImageTransformer2DModel", network=ZImageTransformer, keys=KEYS,
+    width=lambda config: config["dim"], patch_size=lambda config: config["all_patch_size"][0], time_shift=time_shift,
+    draw_noise=draw_noise, takes_references=False, recipes=(TURBO, SMALL),
+    text_style=TextStyle(thought="", layers=lambda depth: (depth - 1,), padded=False),
+    layer_name=re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)"),
+    original_names={"attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv",
+                    "attention.to_v": "attention.qkv", "attention.to_out.0": "attention.out"})

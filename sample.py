@@ -17,50 +17,53 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import encoder
 import lora
+from encoder import TEACHER_CONTEXTS, check_references, contexts
 from model import Context
 from networks import vae as autoencoder
-from plumbing.checkpoints import (
-    backbone_of,
-    check_references,
-    latent_shape,
-    model_folder,
-    pixels_per_patch,
-    recipe_of,
-    starting_noise,
-)
-from plumbing.files import InputError, check_writable, read_json
+from plumbing import encoder_files, lora_files
+from plumbing.checkpoints import (backbone_of, latent_shape, model_folder, pixels_per_patch, recipe_of, shift_rule,
+                                  starting_noise)
+from plumbing.files import InputError, check_writable
 from plumbing.machine import check_memory, device_and_dtype, free
 from plumbing.options import check_seed, option, parse
 from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
 from plumbing.recipes import Recipe, vlm_of
-from rollout import sample, time_grid
+from rollout import sample, sigma_grid
+
+
+PROMPT, MODEL, OUTPUT, MACHINE = "what to draw", "model", "output", "machine"  # headings of --help
 
 
 @dataclass
 class Options:
-    prompt: list[str] = option([], "what to draw; may be given several times")
-    prompts: str | None = option(None, "text file with one prompt per line")
-    model: str = option("embedded", "checkpoint folder in diffusers layout, hub id, or embedded: tiny/model")
-    lora: str | None = option(None, "adapter file, e.g. student.safetensors of a run")
-    steps: int | None = option(None, "solver steps; default: as many as the checkpoint was distilled for")
-    seed: int = option(0, "of the starting noise, the same for every prompt")
-    height: int | None = option(None, "pixels; default: the first source's, else the recipe's size")
-    width: int | None = option(None, "pixels; default: the first source's, else the recipe's size")
-    out: str = option("out/sample.png", "PNG file; several prompts without --compare get a number each")
-    compare: bool = option(False, "one panel: a row per prompt; base, student, and teacher's view with --reference")
-    source: list[str] = option([], "picture to edit; may be given several times (FLUX.2)")
-    reference: str | None = option(None, "picture of the concept: draw what the teacher sees in it")
-    teacher_context: str | None = option(None, "how --reference is shown: vlm, or as reference (FLUX.2)",
-                                         choices=("vlm", "reference"))
-    vlm: str | None = option(None, "Qwen3-VL folder or hub id for --reference; default: the recipe's")
-    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text",
+    prompt: list[str] = option([], "prompt of a picture; repeatable", PROMPT)
+    prompts: str | None = option(None, "text file with one prompt per line", PROMPT)
+    source: list[str] = option([], "picture to edit; repeatable (FLUX.2)", PROMPT)
+    reference: str | None = option(None, "picture of the concept: draws the teacher's view of it", PROMPT)
+    seed: int = option(0, "random seed for the starting noise, which is the same for every prompt", PROMPT)
+    steps: int | None = option(None, "number of solver steps (default: as many as the checkpoint was distilled for)",
+                               PROMPT)
+    height: int | None = option(None, "height in pixels (default: the first source's, else the recipe's size)", PROMPT)
+    width: int | None = option(None, "width in pixels (default: the first source's, else the recipe's size)", PROMPT)
+
+    model: str = option("embedded", "checkpoint to draw with: a folder in diffusers layout, a hub id, or embedded, "
+                        "which is tiny/model", MODEL)
+    lora: str | None = option(None, "adapter file, such as student.safetensors of a run", MODEL)
+    teacher_context: str | None = option(None, "how the teacher is shown --reference: vlm, or reference (FLUX.2)",
+                                         MODEL, choices=tuple(TEACHER_CONTEXTS))
+    vlm: str | None = option(None, "Qwen3-VL that reads --reference, folder or hub id", MODEL)
+    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", MODEL,
                                choices=("vlm", "text"))
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one")
-    dtype: str = option("auto", "of text encoder and transformer; auto is bfloat16 on CUDA",
-                        choices=("auto", "float32", "bfloat16"))
+
+    out: str = option("out/sample.png", "PNG file; several prompts without --compare get a number each", OUTPUT)
+    compare: bool = option(False, "draw one panel, a row per prompt: base, student, and with --reference the teacher's "
+                           "view", OUTPUT)
+
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
+    dtype: str = option("auto", "precision of text encoder and transformer; auto is bfloat16 on CUDA, else float32",
+                        MACHINE, choices=("auto", "float32", "bfloat16"))
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
@@ -69,9 +72,9 @@ def draw(model: torch.nn.Module, contexts: list[Context], noise: Tensor, sigmas:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
     latents = []
-    for context in contexts:
-        context = [context.to(device)]
-        latents.append(sample(lambda x, sigma: model.velocity(x, sigma, context, adapter), noise.to(device), sigmas))
+    for one in contexts:
+        context = [one.to(device)]
+        latents.append(sample(lora.velocity_of(model, context, adapter), noise.to(device), sigmas))
     return torch.cat(latents)
 
 
@@ -119,15 +122,19 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
     """
     kind = cfg.teacher_context if cfg.reference else ""
     seen = [crop(open_image(cfg.reference), shape)] if cfg.reference else []
-    latents = encode_pictures(folder, sources + (seen if kind == "reference" else []), device)
+    how = TEACHER_CONTEXTS.get(kind)
+    latents = encode_pictures(folder, sources + (seen if how and how.adds_reference else []), device)
     free()
-    vlm = vlm_of(folder, recipe, cfg.vlm) if kind == "vlm" else None
-    reader = encoder.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
-    student = [Context(text.cpu(), tuple(latents[:len(sources)])) for text in reader.text_context(prompts)]
+    vlm = vlm_of(folder, recipe, cfg.vlm) if how and how.needs_vlm else None
+    reader = encoder_files.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
+    texts = [text.cpu() for text in reader.text_context(prompts)]
+    count, x0 = len(sources), latents[len(sources)] if len(latents) > len(sources) else None
     if not kind:
-        return student, []
-    texts = reader.teacher_texts(kind, prompts, seen * len(prompts), [len(sources)] * len(prompts))
-    return student, [Context(text.cpu(), tuple(latents)) for text in texts]
+        return [contexts(text, None, latents)[0] for text in texts], []
+    teacher_texts = reader.teacher_texts(kind, prompts, seen * len(prompts), [count] * len(prompts))
+    pairs = [contexts(text, teacher_text.cpu(), latents[:count], x0, kind)
+             for text, teacher_text in zip(texts, teacher_texts, strict=True)]
+    return [student for student, _ in pairs], [teacher for _, teacher in pairs]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,17 +151,16 @@ def main(argv: list[str] | None = None) -> None:
     width, height = sources[0].size if sources else (recipe.size, recipe.size)
     height, width = height if cfg.height is None else cfg.height, width if cfg.width is None else cfg.width
     shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    sigmas = time_grid(backbone.time_shift(scheduler, steps, *shape[1:]), steps)
+    sigmas = sigma_grid(shift_rule(folder)(steps, *shape[1:]), steps)
 
     skeleton = backbone.check(folder)                               # before the larger work of encoding
     if cfg.lora:
-        lora.load(cfg.lora, skeleton)
+        lora_files.load(cfg.lora, skeleton)
     check_memory(folder, device, dtype)
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes
     net = backbone.load(folder, device, dtype)
-    adapter = lora.load(cfg.lora, net) if cfg.lora else None
+    adapter = lora_files.load(cfg.lora, net) if cfg.lora else None
     noise = starting_noise(backbone, cfg.seed, shape)
     wanted = {}                                                     # column -> contexts, adapter
     if cfg.compare or not (adapter or teacher):

@@ -1,20 +1,18 @@
-"""Peak host memory of decoding one 1024x1024 image: `python benchmarks/decode_memory.py` (CPU, random weights, about a minute).
+"""Peak memory of decoding one 1024x1024 image: `python -m benchmarks.decode_memory` (CPU, random weights, a minute).
 
 The autoencoder has Z-Image-Turbo's sizes. The figure is the growth of the process's peak over what it held before.
 """
 import resource
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from networks.vae import Autoencoder
 
-CONFIG = {"in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-          "norm_num_groups": 32, "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+CONFIG = {"in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": [128, 256, 512, 512],
+          "layers_per_block": 2, "norm_num_groups": 32, "use_quant_conv": False, "use_post_quant_conv": False,
+          "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 def peak_gb() -> float:

@@ -1,26 +1,22 @@
-"""Two ratios of D-OPSD on the embedded model: `python benchmarks/step.py` (CPU, about a minute).
+"""Two ratios of D-OPSD on the embedded model: `python -m benchmarks.step` (CPU, about a minute).
 
 1. Time: one D-OPSD step (K = 4 states, teacher and student) against one vanilla fine-tuning step on the same batch.
 2. Memory: bytes that autograd keeps at once, backward at every state (train.py) against one backward after the rollout.
 Both sides of a ratio alternate in one run; printed are the median and the extremes.
 """
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import lora
-import loss as objectives
-import model as transformer
-from plumbing.checkpoints import EMBEDDED
-from plumbing.files import read_json
-from rollout import rollout, sigma_grid
+from baselines import denoising_error
+from loss import weight_of
+from plumbing.checkpoints import EMBEDDED, backbone_of, shift_rule
+from rollout import sigma_grid
+from train import dopsd
 
-BATCH, ROUNDS = 4, 12
+BATCH, K, SIDE, ROUNDS = 4, 4, 16, 12
 
 
 class Kept:
@@ -55,44 +51,36 @@ class Held:
 
 def main() -> None:
     torch.manual_seed(0)
-    folder = EMBEDDED
-    net = transformer.load(folder, "cpu", torch.float32)
+    net = backbone_of(EMBEDDED).load(EMBEDDED, "cpu", torch.float32)
     student = lora.create(net, 16, 16, seed=0)
-    teacher = lora.copy(student)
-    sigmas = sigma_grid(read_json(folder / "scheduler" / "scheduler_config.json"), 4)
+    sigmas = sigma_grid(shift_rule(EMBEDDED)(K, SIDE, SIDE), K)
     c_s, c_t = [torch.randn(22, net.caption_channels)] * BATCH, [torch.randn(40, net.caption_channels)] * BATCH
-    x0, eps, sigma = torch.randn(BATCH, net.in_channels, 16, 16), torch.randn(BATCH, net.in_channels, 16, 16), torch.rand(BATCH)
+    x0, eps = torch.randn(2, BATCH, net.in_channels, SIDE, SIDE)
+    sigma, velocity = torch.rand(BATCH), lora.velocity_of(net, c_s, student)
+    teacher = lora.velocity_of(net, c_t, lora.copy(student))
 
-    def velocity(x, s):
-        return net.velocity(x, s, c_s, student)
-
-    def dopsd(at_every_state: bool) -> None:
-        total = 0.0
-        for point in rollout(velocity, eps, sigmas):
-            with torch.no_grad():
-                v_teacher = net.velocity(point.x, point.sigma, c_t, teacher)
-            loss = objectives.dopsd(point, v_teacher, "v")
-            if at_every_state:
+    def dopsd_step(at_every_state: bool) -> None:
+        losses = dopsd(velocity, teacher, eps, sigmas, weight_of("v"))
+        if at_every_state:
+            for loss in losses:
                 loss.backward()
-            else:
-                total = total + loss
-        if not at_every_state:
-            total.backward()
+        else:
+            sum(losses).backward()
+
+    def sft_step() -> None:
+        denoising_error(velocity, x0, eps, sigma).mean().backward()
 
     def seconds(work) -> float:
         started = time.perf_counter()
         work()
         return time.perf_counter() - started
 
-    ratios = []
-    for _ in range(ROUNDS):
-        ratios.append(seconds(lambda: dopsd(True)) / seconds(lambda: objectives.sft(velocity, x0, eps, sigma).backward()))
-    ratios = sorted(ratios[2:])                                          # the first rounds warm up
+    ratios = sorted([seconds(lambda: dopsd_step(True)) / seconds(sft_step) for _ in range(ROUNDS)][2:])  # 2 warm up
     print(f"time, D-OPSD step / SFT step: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     peaks = []
     for at_every_state in (True, False):
         with Kept() as kept:
-            dopsd(at_every_state)
+            dopsd_step(at_every_state)
         peaks.append(kept.peak)
     print(f"memory kept for backward, one backward after the rollout / at every state: {peaks[1] / peaks[0]:.2f} "
           f"({peaks[1] / 2 ** 20:.0f} MB / {peaks[0] / 2 ** 20:.0f} MB)")

@@ -31,20 +31,8 @@ import torch
 import data
 import lora
 import train
-from experiments.merge_plan import (
-    FULL,
-    QUICK,
-    ROWS,
-    TEACHER,
-    Plan,
-    Settings,
-    captions_folder,
-    captions_of,
-    combined,
-    left,
-    new_prompts,
-    prepare,
-)
+from experiments.merge_plan import (FULL, QUICK, ROWS, TEACHER, Plan, Settings, captions_folder, captions_of, combined,
+                                    left, new_prompts, prepare)
 from experiments.protocol import BASE, Job, Run, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, fingerprint, line_of

@@ -19,7 +19,8 @@ Differs from the official code:
 6. Only what klein uses: no guidance embedding, no cache of references. Other configurations are refused.
 """
 import math
-from pathlib import Path
+import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-import model as checkpoints
 from lora import Adapter, AdapterBlock, linear
-from model import Context, rope_table, rotate
+from model import UNSUPPORTED, Context, rope_table, rotate
 from networks.vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
+from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
-from rollout import UNSUPPORTED, time_grid
+from plumbing.recipes import SMALL, TURBO
 
-CLASS = "Flux2Transformer2DModel"  # _class_name in transformer/config.json
-REFERENCES = True                  # takes reference images beside the text
 KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
         "joint_attention_dim", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps",
         "guidance_embeds")
@@ -87,23 +86,13 @@ def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> f
     return math.exp(empirical_mu((height // SQUARE) * (width // SQUARE), steps))
 
 
-def sigma_grid(scheduler_config: dict, steps: int, height: int, width: int) -> Tensor:
-    """Noise levels of `steps` solver steps: (steps + 1,) float32, from 1 down to exactly 0. Raises InputError."""
-    return time_grid(time_shift(scheduler_config, steps, height, width), steps)
-
-
-def patch_size(config: dict) -> int:
-    """Sides of the latents are multiples of this, whatever the config."""
-    return SQUARE
-
-
 def draw_noise(generator: torch.Generator, channels: int, height: int, width: int) -> Tensor:
     """x at sigma = 1, (1, channels, height, width), the numbers that Flux2KleinPipeline draws: packed ones."""
     return unpack(torch.randn(1, channels * SQUARE ** 2, height // SQUARE, width // SQUARE, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
-def pack(x: Tensor) -> Tensor:
+def to_tokens(x: Tensor) -> Tensor:
     """Latents (..., C, H, W) -> tokens (..., H W / 4, 4 C)."""
     return rearrange(x, "... c (h p) (w q) -> ... (h w) (c p q)", p=SQUARE, q=SQUARE)
 
@@ -275,8 +264,8 @@ class Flux2Transformer(nn.Module):
 
         text = pad_sequence([c.text.to(x.device, dtype) for c in context], batch_first=True)
         text = self.context_embedder(text)                                                  # (B, L, dim)
-        squares = pack(x)                                                                   # (B, h w, 4 C)
-        references = [torch.cat([squares[0, :0], *(pack(r.to(x)) for r in c.references)]) for c in context]
+        squares = to_tokens(x)                                                                   # (B, h w, 4 C)
+        references = [torch.cat([squares[0, :0], *(to_tokens(r.to(x)) for r in c.references)]) for c in context]
         image = self.x_embedder(torch.cat([squares, pad_sequence(references, batch_first=True)], dim=1).to(dtype))
 
         def run(name: str, block: nn.Module, *states):  # tensors are arguments, so a recomputation sees the same ones
@@ -328,12 +317,25 @@ class Flux2Transformer(nn.Module):
                                  "use the text encoder and the transformer of one checkpoint")
 
 
-def check(folder: Path) -> Flux2Transformer:
-    """The transformer without memory, on the meta device. Raises the InputError of `load` from the files' headers."""
-    return checkpoints.check(folder, Flux2Transformer, KEYS)
-
-
-def load(folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-         compile: bool = False) -> Flux2Transformer:
-    """The frozen transformer of a checkpoint folder in `dtype` on `device`; options and errors as in model.py."""
-    return checkpoints.load(folder, device, dtype, checkpointing, compile, Flux2Transformer, KEYS)
+# ---------------------------------------------------------------------------------------------------- the record
+# The official values, too (3000 steps where the released script counts 3001). The grid at 1024x1024 is 1, .967, .908,
+# .767, that of inference; the official one is not.
+OFFICIAL = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
+                   teacher_context="reference")
+KLEIN = Backbone(
+    name="FLUX.2", class_name="Flux2Transformer2DModel", network=Flux2Transformer, keys=KEYS,
+    width=lambda config: config["num_attention_heads"] * config["attention_head_dim"],
+    patch_size=lambda config: SQUARE, time_shift=time_shift, draw_noise=draw_noise, takes_references=True,
+    recipes=(OFFICIAL, replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")),
+    text_style=TextStyle(thought="<think>\n\n</think>\n\n", padded=True,
+                         layers=lambda depth: (depth // 4, depth // 2, depth * 3 // 4)),
+    layer_name=re.compile(r"transformer_blocks[._]\d+[._](attn[._](to|add)_|ff(_context)?[._]linear_)"
+                          r"|(double|single)_blocks[._]\d"),  # not FLUX.1's, some of whose names are the same
+    original_names={
+        "transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks",
+        "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
+        "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
+        "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+        "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+        "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"})

@@ -1,16 +1,20 @@
 """Which checkpoint a run is about: its folder, its kind of transformer, its recipe, and the shape of its latents."""
+import functools
 import sys
-import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import model
-from networks import flux2
+from model import Z_IMAGE
+from networks.flux2 import KLEIN
+from plumbing.backbone import Backbone
 from plumbing.files import ROOT, InputError, checkpoint, read_json, transformer_class
-from plumbing.recipes import KLEIN, REAL_WIDTH, SMALL, SMALL_KLEIN, TURBO, Recipe
+from plumbing.recipes import Recipe
 
+BACKBONES = (Z_IMAGE, KLEIN)
+REAL_WIDTH = 3072  # of the narrowest transformer of the real checkpoints
 EMBEDDED = ROOT / "tiny" / "model"  # what `--model embedded`, the default, stands for
 
 
@@ -19,37 +23,22 @@ def model_folder(name: str) -> Path:
     return EMBEDDED if name == "embedded" else checkpoint(name)
 
 
-def backbone_of(folder: Path) -> types.ModuleType:
-    """model.py or flux2.py, by the class of the checkpoint's transformer. Raises InputError.
-
-    Both have CLASS, KEYS, REFERENCES, check, load, patch_size, time_shift and draw_noise; all else is one code.
-    """
+def backbone_of(folder: Path) -> Backbone:
+    """The record of a checkpoint's kind of transformer, by its class. Raises InputError."""
     name = transformer_class(folder)
-    for backbone in (model, flux2):
-        if backbone.CLASS == name:
-            return backbone
-    raise InputError(f"{Path(folder) / 'transformer' / 'config.json'}: _class_name {name} is not supported; use a "
-                     "checkpoint of Z-Image or FLUX.2-klein")
+    found = next((backbone for backbone in BACKBONES if backbone.class_name == name), None)
+    if found is None:
+        raise InputError(f"{Path(folder) / 'transformer' / 'config.json'}: _class_name {name} is not supported; use a "
+                         "checkpoint of Z-Image or FLUX.2-klein")
+    return found
 
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe of a checkpoint folder, by the class and the width of its transformer. Raises InputError."""
-    path = Path(folder) / "transformer" / "config.json"
-    if backbone_of(folder) is flux2:
-        config = read_json(path, "num_attention_heads", "attention_head_dim")
-        is_small = config["num_attention_heads"] * config["attention_head_dim"] < REAL_WIDTH
-        return SMALL_KLEIN if is_small else KLEIN
-    return SMALL if read_json(path, "dim")["dim"] < REAL_WIDTH else TURBO
-
-
-def check_references(backbone: types.ModuleType, teacher_context: str | None, sources: str) -> None:
-    """Raises InputError when reference images are asked for and this backbone takes none.
-
-    sources: what asks for source images; "": nothing does.
-    """
-    asked = "--teacher-context reference" if teacher_context == "reference" else sources
-    if asked and not backbone.REFERENCES:
-        raise InputError(f"{asked}: Z-Image takes no reference images; use a FLUX.2 checkpoint, or leave this out")
+    backbone = backbone_of(folder)
+    of_real, of_small = backbone.recipes
+    config = read_json(Path(folder) / "transformer" / "config.json", *backbone.keys)
+    return of_small if backbone.width(config) < REAL_WIDTH else of_real
 
 
 def warn_undistilled(folder: Path) -> None:
@@ -59,7 +48,7 @@ def warn_undistilled(folder: Path) -> None:
               "one draws badly in few steps, and so do its rollouts", file=sys.stderr)
 
 
-def starting_noise(backbone: types.ModuleType, seed: int, shape: tuple[int, int, int]) -> Tensor:
+def starting_noise(backbone: Backbone, seed: int, shape: tuple[int, int, int]) -> Tensor:
     """Noise at sigma = 1, (1, channels, height, width) in latent positions, from a CPU generator."""
     return backbone.draw_noise(torch.Generator("cpu").manual_seed(seed), *shape)
 
@@ -68,7 +57,7 @@ def pixels_per_patch(folder: Path) -> int:
     """What a picture's sides must be divisible by: VAE factor times patch size; from configs alone."""
     widths = read_json(folder / "vae" / "config.json", "block_out_channels")["block_out_channels"]
     backbone, path = backbone_of(folder), folder / "transformer" / "config.json"
-    return 2 ** (len(widths) - 1) * backbone.patch_size(read_json(path, *backbone.KEYS))
+    return 2 ** (len(widths) - 1) * backbone.patch_size(read_json(path, *backbone.keys))
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
@@ -81,3 +70,11 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
                              f"try {max(1, round(side / multiple)) * multiple}")
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     return config["latent_channels"], height // factor, width // factor
+
+
+def shift_rule(folder: Path) -> Callable[[int, int, int], float]:
+    """(solver steps, height and width of x) -> time shift of a checkpoint's grid. Raises InputError on other grids."""
+    rule = functools.partial(backbone_of(folder).time_shift,
+                             read_json(folder / "scheduler" / "scheduler_config.json"))
+    rule(4, 2, 2)
+    return rule

@@ -1,10 +1,8 @@
 """What VAE and encoders contribute, computed once: latents and the two contexts of every image, kept on disk.
 
 D-OPSD (arXiv 2605.05204), Eq. 4: a pair (x0 image, y prompt) gives the student's context from y alone, and the
-teacher's from y and x0. How the teacher is shown x0 is `--teacher-context`:
-    vlm         a Qwen3-VL reads the picture and the prompt (encoder.py)
-    reference   the transformer reads the picture's latents as a reference image beside the prompt (FLUX.2)
-For editing, a row has source images too; student and teacher both get their latents as references, the target last.
+teacher's from y and x0; how the teacher is shown x0 is `--teacher-context` (encoder.py). For editing, a row has source
+images too; student and teacher both get their latents as references, the target last.
 VAE and encoders are gone before the transformer is loaded.
 
 Differs from the official code:
@@ -23,11 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import encoder
 from data import Example, Row, nearest_shape
-from model import Context
+from encoder import TEACHER_CONTEXTS, Encoder, contexts
 from networks import vae as autoencoder
-from plumbing import files
+from plumbing import encoder_files, files
 from plumbing.checkpoints import pixels_per_patch
 from plumbing.machine import free
 from plumbing.panels import PanelRow
@@ -41,22 +38,24 @@ class Features:
     """The data set and the panel's contexts of a run. Made in two steps, so that `fingerprint` is known before anything
     is written."""
 
-    def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, teacher: str, cache: Path,
+    def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, kind: str, cache: Path,
                  device: torch.device, dtype: torch.dtype) -> None:
-        """cfg: train.Options; teacher: the kind of its context, "" without a teacher; cache: folder of the features.
+        """cfg: of train.py; kind: of the teacher's context, "" where no teacher is shown the target; cache: folder of
+        the features.
 
         Raises InputError.
         """
         self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
         self.device, self.dtype = device, dtype
-        self.multiple, self.area, self.teacher_kind = pixels_per_patch(folder), cfg.size ** 2, teacher
+        self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
-        self.vlm = encoder.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if teacher == "vlm" else None
+        needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
+        self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
-                             files.transformer_class(folder), teacher,
+                             files.transformer_class(folder), kind,
                              files.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
                              str(recipe.image_pixels)])
-        self.examples = place(rows, self.shapes, self.area, cache, self.key, teacher)
+        self.examples = place(rows, self.shapes, self.area, cache, self.key, kind)
         self.fingerprint = hashlib.sha256(" ".join(e.file.stem for e in self.examples).encode()).hexdigest()
         self.rows = rows
 
@@ -70,8 +69,8 @@ class Features:
         panel_key = hashlib.sha256(f"{self.key}{prompts}{shown}".encode()).hexdigest()[:40]
         panel_file = self.cache / f"panel-{panel_key}.safetensors"
 
-        def load_encoder() -> encoder.Encoder:
-            reader = encoder.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
+        def load_encoder() -> Encoder:
+            reader = encoder_files.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
                                   self.cfg.teacher_rope)
             self.encode_panel(reader, prompts, panel_file)              # while it is in memory
             return reader
@@ -86,12 +85,12 @@ class Features:
         self.panel = []
         for i, (prompt, index) in enumerate(prompts):
             example = None if index is None else self.examples[index]
-            x0, c_s, _ = example.read(0) if example else (None, Context(texts[f"student.{i}"]), None)
-            text = texts.get(f"teacher.{i}", texts[f"student.{i}"])
+            x0, sources = example.latents() if example else (None, ())
+            student = texts[f"student.{i}"]
             self.panel.append(PanelRow(
-                prompt, example and example.target(), Context(texts[f"student.{i}"], c_s.references),
-                Context(text, data.teacher_references(self.teacher_kind, c_s.references, x0)),
-                open_image(example.row.sources[0]) if c_s.references else None))
+                prompt, example and example.target(),
+                *contexts(student, texts.get(f"teacher.{i}", student), sources, x0, self.kind),
+                open_image(example.row.sources[0]) if sources else None))
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
         """(prompt, image that the teacher is shown): two training pairs and new prompts."""
@@ -101,29 +100,34 @@ class Features:
             new = [self.recipe.new_style if "[V] style" in first else self.recipe.new_object]
         return pairs + [(prompt, 0) for prompt in new + self.cfg.panel_prompt]
 
-    def encode_panel(self, reader: encoder.Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
+    def encode_panel(self, reader: Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
         """Texts of the panel's contexts, "student.i" and "teacher.i", into a file."""
         texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
         shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
-        if self.teacher_kind:
+        if self.kind:
             crops = [crop(open_image(row.image), nearest_shape(row.size, self.shapes)) for _, _, row in shown]
-            read = reader.teacher_texts(self.teacher_kind, [prompt for _, prompt, _ in shown], crops,
+            read = reader.teacher_texts(self.kind, [prompt for _, prompt, _ in shown], crops,
                                         [len(row.sources) for _, _, row in shown])
             texts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, read)}
         files.write_tensors(path, {name: c.cpu().clone() for name, c in texts.items()})
 
 
+def fingerprint_of(features: list[Features]) -> str:
+    """Of all that a run learns from: images, captions and how they are encoded."""
+    return " ".join(part.fingerprint for part in features)
+
+
 # ------------------------------------------------------------------------------------------------------- encoding
-def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str, teacher: str = "vlm"
+def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str, kind: str = "vlm"
           ) -> list[Example]:
     """Every row in its bucket, with the name of its file in the folder `cache`, which follows from all content.
 
     shapes, area: `data.bucket_shapes`, and of `fit` for source images. key: names all else that the features
-    depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. teacher: kind of its
+    depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. kind: of the teacher's
     contexts, "" leaves them out (`--method sft`).
     """
     placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
-    return [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", teacher)
+    return [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", kind)
             for row, shape in placed]
 
 
@@ -171,8 +175,8 @@ def encode_contexts(examples: list[Example], latents: list[list[Tensor]], load_e
     for example, pictures in zip(examples, tqdm(latents, desc="encoding captions", disable=None)):
         prompts = list(example.row.captions)
         contexts = list(reader.text_context(prompts))                   # c_s = f_text(y)
-        if example.teacher:
-            contexts += reader.teacher_texts(example.teacher, prompts, [example.target()] * len(prompts),
+        if example.kind:
+            contexts += reader.teacher_texts(example.kind, prompts, [example.target()] * len(prompts),
                                              [len(example.row.sources)] * len(prompts))  # c_t = f_mm(y, x0)
         # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
         copies = [tensor.detach().cpu().clone() for tensor in (*pictures, *contexts)]

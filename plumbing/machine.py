@@ -9,14 +9,19 @@ import torch
 from plumbing.files import InputError, tensors
 
 
-def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> float:
+def weights_gb(folder: Path, dtype: torch.dtype) -> float:
     """GB that the largest network of a checkpoint folder needs for its weights (they are never in memory together).
 
-    Raises InputError when the GPU has less free memory. From the headers of the weight files alone.
+    From the headers of the weight files alone.
     """
     width = torch.finfo(dtype).bits // 8
-    need = max(sum(t.numel() for _, t in tensors(Path(folder) / part, only_shapes=True)) * width / 2 ** 30
+    return max(sum(t.numel() for _, t in tensors(Path(folder) / part, only_shapes=True)) * width / 2 ** 30
                for part in ("transformer", "text_encoder"))
+
+
+def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> float:
+    """`weights_gb`. Raises InputError when the GPU has less free memory."""
+    need = weights_gb(folder, dtype)
     free_gb = torch.cuda.mem_get_info(device)[0] / 2 ** 30 if device.type == "cuda" else math.inf
     if need > free_gb:
         raise InputError(f"{folder}: its weights need {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} "

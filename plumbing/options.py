@@ -9,13 +9,18 @@ from plumbing.files import InputError
 from plumbing.recipes import Recipe
 
 
-def option(default, text: str, **extra):
-    """A dataclass field with one line of explanation; extra goes to argparse (choices, ...)."""
+def option(default, text: str, group: str = "", old: dict[str, str] | None = None, **extra):
+    """A dataclass field with one phrase of explanation.
+
+    group: heading of the help under which it stands. old: earlier spellings that still work, flags (with their dashes)
+    and values, and what they are called now. extra: for argparse (choices, ...).
+    """
+    metadata = {"help": text, "group": group, "old": old or {}, "extra": extra}
     if default is MISSING:
-        return dataclasses.field(metadata={"help": text, **extra})
+        return dataclasses.field(metadata=metadata)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **extra})
-    return dataclasses.field(default=default, metadata={"help": text, **extra})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(options: type, argv: list[str] | None, description: str):
@@ -24,26 +29,40 @@ def parse(options: type, argv: list[str] | None, description: str):
     bool fields are switches, list fields repeatable flags (or, with nargs, flags that take several words), fields
     without a default required.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser, groups = argparse.ArgumentParser(description=description), {}
     for field in dataclasses.fields(options):
-        extra = {key: value for key, value in field.metadata.items()}
-        required = field.default is MISSING and field.default_factory is MISSING
-        flag, kind = "--" + field.name.replace("_", "-"), _plain_type(field.type)
-        of_recipe = field.name in Recipe.__dataclass_fields__ and field.default is None
-        shown = "required" if required else "default: the recipe's" if of_recipe else f"default: {field.default}"
-        if required or of_recipe or not (field.default in (None, False) or kind is list or field.default is MISSING):
-            extra["help"] += f" ({shown})"
-        if kind is bool:
-            action = argparse.BooleanOptionalAction if field.default is None else "store_true"
-            parser.add_argument(flag, action=action, default=field.default, **extra)
-        elif "nargs" in extra:
-            parser.add_argument(flag, required=required, default=[], **extra)
-        elif typing.get_origin(kind) is list:
-            parser.add_argument(flag, action="append", default=[], metavar="TEXT", **extra)
-        else:
-            default = None if required else field.default
-            parser.add_argument(flag, type=kind, required=required, default=default, **extra)
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title) if title else parser
+        _add(groups[title], field)
     return options(**vars(parser.parse_args(argv)))
+
+
+def _add(parser, field: dataclasses.Field) -> None:
+    """One field's flag."""
+    old, extra, kind = field.metadata["old"], dict(field.metadata["extra"]), _plain_type(field.type)
+    flags = ["--" + field.name.replace("_", "-"), *(name for name in old if name.startswith("--"))]
+    required = field.default is MISSING and field.default_factory is MISSING
+    is_list = typing.get_origin(kind) is list
+    extra |= {"dest": field.name, "help": field.metadata["help"] + _default_of(field, required, kind)}
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default is None else "store_true"
+        parser.add_argument(*flags, action=action, default=field.default, **extra)
+        return
+    if is_list and "nargs" not in extra:
+        extra |= {"action": "append", "metavar": "TEXT"}
+    extra["type"] = (lambda word: old.get(word, word)) if old else str if is_list else kind
+    parser.add_argument(*flags, required=required, default=[] if is_list else None if required else field.default,
+                        **extra)
+
+
+def _default_of(field: dataclasses.Field, required: bool, kind: type) -> str:
+    """What the help says about the value of a flag that is left out."""
+    if required:
+        return " (required)"
+    if field.default is None and "(default" not in field.metadata["help"]:
+        return " (default: the recipe's)" if field.name in Recipe.__dataclass_fields__ else ""
+    return "" if field.default in (MISSING, None) or kind is bool else f" (default: {field.default})"
 
 
 def _plain_type(annotation):

@@ -11,7 +11,7 @@ from model import Context
 from networks import vae as autoencoder
 from plumbing.checkpoints import backbone_of, latent_shape, starting_noise
 from plumbing.pictures import Shape, panel, save_png, to_image
-from rollout import time_grid
+from rollout import sigma_grid
 from sample import draw
 
 Shift = Callable[[int, int, int], float]  # solver steps, height and width of latents -> time shift of the grid
@@ -36,7 +36,7 @@ class Panels:
         self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
         shape = latent_shape(folder, *size)
         self.noise = starting_noise(backbone_of(folder), seed, shape)
-        self.sigmas = time_grid(shift_of(steps, *shape[1:]), steps)
+        self.sigmas = sigma_grid(shift_of(steps, *shape[1:]), steps)
         self.base: list[Image.Image] = []
 
     def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None,

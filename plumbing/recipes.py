@@ -1,6 +1,6 @@
-"""Recipes: the values that belong to a checkpoint rather than to a user. An option left out takes its recipe's value."""
+"""Recipes: values that belong to a checkpoint rather than to a user. An option left out takes its recipe's value."""
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -37,10 +37,6 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
                image_pixels=(512 * 512, 768 * 768), new_object="a [V] on a sandy beach at sunset",
                new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
-# FLUX.2-klein: the official values, too (3000 steps where the released script counts 3001). Its grid at 1024x1024 is 1,
-# .967, .908, .767, that of inference; the official one is not.
-KLEIN = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
-                teacher_context="reference")
 # Small models: fewer steps, so a faster EMA. Learning rates were tried in experiments/ on concepts apart, 150 steps of
 # D-OPSD each: 1e-4, 3e-4, 1e-3 give concept fidelity .68, .98, 1.00 and ordinary prompts .978, .971, .955 (untuned
 # .987). On examples/star 100 steps learn nearly as much as 150 and change ordinary prompts less.
@@ -49,8 +45,6 @@ SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, st
                teacher_context="vlm", vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
-SMALL_KLEIN = replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")
-REAL_WIDTH = 3072  # of the narrowest transformer of the real checkpoints
 
 
 def fill(cfg, recipe: Recipe):

@@ -1,10 +1,17 @@
-"""The folder of a run: whether it can be opened or resumed, and what it was made with."""
+"""A run and its folder: the state between two steps, saving and resuming it, its log, and what it was made with."""
 import dataclasses
 import importlib.metadata
 import subprocess
 from pathlib import Path
 
-from plumbing.files import ROOT, InputError, check_writable, read_json
+import torch
+
+from lora import Tuned
+from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
+                            read_json, write_json, write_tensors)
+from plumbing.machine import peak_memory_gb, weights_gb
+from plumbing.recipes import Recipe
+from plumbing.train_options import UNTUNED
 
 # Options that may differ when a run is resumed: they change the rounding at most.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
@@ -19,6 +26,11 @@ def names_of(sources: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
 
+def out_folder(cfg) -> Path:
+    """The folder of a run."""
+    return Path(cfg.out or Path("out") / "+".join(names_of(cfg.data)))
+
+
 def open_run(cfg, out: Path, fingerprint: str) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
     state = out / STATE
@@ -29,7 +41,7 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
             raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
                              "with another --out")
         config = read_json(out / "config.json", "options")
-        before = config["options"]
+        before = in_todays_words(config["options"])
         for name, value in dataclasses.asdict(cfg).items():
             if name not in FREE and before.get(name, value) != value:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
@@ -43,6 +55,80 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
     if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
     check_writable(out, f"--out {out}")
+
+
+def in_todays_words(options: dict) -> dict:
+    """The options of a config.json, whose writer may have had earlier names for some."""
+    words = {"base": UNTUNED}
+    if "teacher" in options:
+        options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
+    return {**options, "teacher_lora": [words.get(word, word) for word in options.get("teacher_lora", [])]}
+
+
+class Run:
+    """A run between two steps: what is tuned, its optimizer, the number of steps done, and where all this is kept."""
+
+    def __init__(self, cfg, out: Path, tuned: Tuned, with_teacher: bool) -> None:
+        """with_teacher: whether the teacher's adapter is worth a file of its own."""
+        self.cfg, self.out, self.tuned, self.with_teacher, self.step = cfg, out, tuned, with_teacher, 0
+        self.optimizer = torch.optim.AdamW(tuned.parameters().values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=0.0)
+
+    def save(self) -> None:
+        """The adapters for other programs, then one file from which `load` continues; each whole or not at all."""
+        state = self.tuned.state()
+        for name, parameter in self.tuned.parameters().items():
+            state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
+        self.tuned.save(self.out, facts, self.with_teacher)
+        write_tensors(self.out / STATE, state, {"step": str(self.step)})
+
+    def load(self) -> None:
+        """Continue from the state file. Raises InputError when it does not belong to these options."""
+        with open_safetensors(self.out / STATE) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            self.step = int((file.metadata() or {}).get("step", 0))
+        self.tuned.load_state(state)
+        for name, parameter in self.tuned.parameters().items():
+            prefix = f"adam.{name}."
+            moments = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
+                                               for key, value in moments.items()}
+
+    def log(self, losses: dict[str, float], norm: float, seconds: float) -> str:
+        """One more line of metrics.jsonl; returns the same for people. losses: of each task."""
+        memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
+        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": mean_of(losses), **each,
+                                                      "gradient_norm": norm, "seconds": seconds,
+                                                      "peak_memory_gb": memory})
+        shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {mean_of(losses):.4f}"
+        return f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB"
+
+    def begin(self, recipe: str, data: str) -> None:
+        """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
+        keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
+        write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg), "data": data,
+                                              **provenance()})
+
+
+def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
+    """What the run is about to do. tasks: of train.py."""
+    shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
+    trained = sum(tensor.numel() for tensor in run.tuned.parameters().values())
+    memory = weights_gb(folder, getattr(torch, cfg.dtype))
+    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, {memory:.2g} GB of weights at most")
+    print(f"recipe   {recipe.name}: {', '.join(f'{name} {getattr(cfg, name)}' for name in shown)}")
+    print(f"trained  {trained:,} LoRA parameters in {len(run.tuned.theta.weights)} layers")
+    for task in tasks:
+        buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
+                            for (height, width, sources), count in task.dataset.buckets.items())
+        name = f" of {task.name}" if len(tasks) > 1 else ""
+        print(f"images   {len(task.dataset.examples)}{name}: {buckets}")
+    print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
+
+
+def mean_of(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
 
 
 def provenance() -> dict:

@@ -3,6 +3,7 @@
 The checkpoint has the embedded model's own VAE, text encoder, tokenizer and VLM, and a tiny transformer whose weights
 are all random, so that modulation, norms and pad tokens matter. Everything a test finds was made from seeds.
 """
+import dataclasses
 import gc
 import json
 import shutil
@@ -171,8 +172,8 @@ def run(base, tmp_path):
 
 @pytest.fixture
 def prepare(run, monkeypatch):
-    """prepare(flags, ...) -> what train.main hands to its loop, without running the loop; dataset: of the first task."""
-    names = ("cfg", "model", "run", "tasks", "panels", "shift_of")
+    """prepare(flags, ...) -> what train.main hands to its loop, which is not run; dataset: of the first task."""
+    names = ("cfg", "run", "tasks", "panels", "shift_of")
 
     def start(*flags) -> SimpleNamespace:
         caught = []
@@ -180,9 +181,26 @@ def prepare(run, monkeypatch):
             patch.setattr(train, "train", lambda *parts: caught.extend(parts) or 0)
             run("prepared", *flags)
         parts = SimpleNamespace(**dict(zip(names, caught, strict=True)))
-        parts.dataset = parts.tasks[0].dataset
+        parts.model, parts.dataset = parts.run.tuned.model, parts.tasks[0].dataset
         return parts
     return start
+
+
+def learn(parts: SimpleNamespace, **changes) -> float:
+    """Add the gradient of the first batch, as `train` does; returns the loss. changes: of what `bind` gives."""
+    given = train.bind(parts.cfg, parts.run.tuned, parts.tasks[0], 0, parts.shift_of)
+    value = 0.0
+    for loss in train.METHODS[parts.cfg.method](**given | changes):
+        loss.backward()
+        value += loss.item()
+    return value
+
+
+def on_each_loss(monkeypatch, change) -> None:
+    """Every loss that D-OPSD yields goes through `change` before the loop gets it."""
+    method = train.METHODS["dopsd"]
+    monkeypatch.setitem(train.METHODS, "dopsd", dataclasses.replace(
+        method, losses=lambda **given: map(change, method.losses(**given))))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Bad input, through train.main and sample.main: one line with file, value and remedy; nothing is written or lost."""
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from conftest import fill_b, program, random_transformer
 from safetensors.torch import load_file, save_file
 
 import lora
-import model
 import sample
 import train
 from plumbing import files
+from plumbing.backbone import Backbone
 from plumbing.files import InputError
+from plumbing.options import parse
 from plumbing.program import run as run_program
 
 
@@ -310,12 +312,29 @@ def test_argparse_refuses(place, capsys, main, words):
     assert caught.value.code == 2 and words[-1] in capsys.readouterr().err and place.snapshot() == before
 
 
+def test_earlier_spellings_still_work(place):
+    """--teacher base meant frozen weights, --teacher-lora base the untuned model; today's words tell them apart."""
+    old = parse(train.Options, ["--data", "a", "b", "--teacher", "base", "--teacher-lora", "image", "base"], "")
+    new = parse(train.Options,
+                ["--data", "a", "b", "--teacher-weights", "frozen", "--teacher-lora", "image", "untuned"], "")
+    assert old == new and (new.teacher_weights, new.teacher_lora) == ("frozen", ["image", "untuned"])
+    words = train_words(place, "--teacher-weights", "frozen")
+    assert train.main(words) == 0
+    config = json.loads((place.root / "run" / "config.json").read_text())
+    config["options"]["teacher"] = "base"                                         # as an earlier version wrote it
+    del config["options"]["teacher_weights"]
+    (place.root / "run" / "config.json").write_text(json.dumps(config))
+    refused(place, train.main, train_words(place, "--resume", "--steps", 2),
+            ("--resume: --teacher-weights was frozen and is now ema",))
+    assert train.main([*words, "--resume", "--steps", "2"]) == 0
+
+
 def test_unknown_methods_and_teachers_are_refused(capsys):
-    for words in (["--method", "dpo"], ["--teacher", "student"]):
+    for words in (["--method", "dpo"], ["--teacher-weights", "student"]):
         with pytest.raises(SystemExit) as caught:
             train.main(["--data", "photos", *words])
-        message = f"argument {words[0]}: invalid choice: '{words[1]}'"
-        assert caught.value.code == 2 and message in capsys.readouterr().err
+        assert caught.value.code == 2
+        assert re.search(f"argument {words[0]}.*: invalid choice: '{words[1]}'", capsys.readouterr().err)
 
 
 def test_data_is_required(capsys):
@@ -327,7 +346,7 @@ def test_data_is_required(capsys):
 # ---------------------------------------------------------------------------------------------------- runs that exist
 CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "v", "--method": "sft", "--ema": 0.5,
            "--size": 40, "--batch-size": 3, "--accumulate": 2, "--rollout-steps": 3, "--teacher-rope": "text",
-           "--teacher": "base", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16",
+           "--teacher-weights": "frozen", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16",
            "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
 
 
@@ -379,7 +398,7 @@ def test_programs_report_in_one_line(capsys):
 def test_sample_out_of_memory_names_options_that_it_has(place, monkeypatch, capsys):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(model, "load", exhausted)
+    monkeypatch.setattr(Backbone, "load", exhausted)
     monkeypatch.setattr("sys.argv", ["sample.py", *sample_words(place, "--prompt", "a red star")])
     last_line = (files.ROOT / "sample.py").read_text().split('if __name__ == "__main__":')[1].strip()
     with pytest.raises(SystemExit) as caught:

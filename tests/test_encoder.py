@@ -15,17 +15,13 @@ from diffusers import Flux2KleinPipeline, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-)
+from transformers import (PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration, Qwen3VLProcessor)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import encoder
+from networks.flux2 import KLEIN
+from plumbing import encoder_files
 from plumbing.files import InputError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -113,12 +109,12 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="session")
 def both(world) -> encoder.Encoder:
-    return encoder.load(world.folder, "cpu", vlm=world.vlm)
+    return encoder_files.load(world.folder, "cpu", vlm=world.vlm)
 
 
 @pytest.fixture(scope="session")
 def klein(world) -> encoder.Encoder:
-    return encoder.load(world.folder, "cpu", vlm=world.vlm, style=encoder.KLEIN)
+    return encoder_files.load(world.folder, "cpu", vlm=world.vlm, style=KLEIN.text_style)
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +122,7 @@ def short_klein(world, tmp_path_factory) -> encoder.Encoder:
     """Its tokenizer takes 64 tokens, as that of a small model does."""
     copy = copied_checkpoint(world, tmp_path_factory.mktemp("short"))
     change_json(copy / "tokenizer" / "tokenizer_config.json", model_max_length=64)
-    return encoder.load(copy, "cpu", vlm=world.vlm, style=encoder.KLEIN)
+    return encoder_files.load(copy, "cpu", vlm=world.vlm, style=KLEIN.text_style)
 
 
 def copied_checkpoint(world: World, folder: Path) -> Path:
@@ -201,9 +197,9 @@ def test_templates_are_golden():
     assert encoder.image_text_prompt("a [V] dog", 2) == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>a [V] dog<|im_end|>\n"
         "<|im_start|>assistant\n")
-    assert encoder.text_prompt("a [V] dog", encoder.KLEIN.thought) == (
+    assert encoder.text_prompt("a [V] dog", KLEIN.text_style.thought) == (
         "<|im_start|>user\na [V] dog<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert encoder.image_text_prompt("a [V] dog", 1, encoder.KLEIN.thought) == (
+    assert encoder.image_text_prompt("a [V] dog", 1, KLEIN.text_style.thought) == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a [V] dog<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
@@ -224,7 +220,7 @@ def test_templates_equal_the_tokenizers_own(world, prompt):
     assert encoder.text_prompt(prompt) == theirs
     theirs = world.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                  add_generation_prompt=True, enable_thinking=False)
-    assert encoder.text_prompt(prompt, encoder.KLEIN.thought) == theirs
+    assert encoder.text_prompt(prompt, KLEIN.text_style.thought) == theirs
     parts = [{"type": "image"}, {"type": "text", "text": prompt}]
     theirs = world.tokenizer.apply_chat_template([{"role": "user", "content": parts}], chat_template=IMAGE_TEMPLATE,
                                                  tokenize=False, add_generation_prompt=True)
@@ -233,7 +229,7 @@ def test_templates_equal_the_tokenizers_own(world, prompt):
 
 # ---------------------------------------------------------------------------------------------------- f_text
 def test_text_context_equals_the_pipelines(world):
-    student = encoder.load(world.folder, "cpu")
+    student = encoder_files.load(world.folder, "cpu")
     prompts = [*PROMPTS, "one more " * 20] * 3  # more than one batch, in no order of length
     ours = student.text_context(prompts)
     assert_close(ours, pipeline_context(world, prompts))
@@ -263,8 +259,8 @@ def test_long_prompt_is_cut_as_in_the_pipeline(world, both):
 
 def test_klein_takes_the_layers_of_the_pipeline():
     signature = inspect.signature(Flux2KleinPipeline._get_qwen3_prompt_embeds)
-    assert encoder.KLEIN.layers(36) == signature.parameters["hidden_states_layers"].default == (9, 18, 27)
-    assert encoder.KLEIN.layers(4) == (1, 2, 3)
+    assert KLEIN.text_style.layers(36) == signature.parameters["hidden_states_layers"].default == (9, 18, 27)
+    assert KLEIN.text_style.layers(4) == (1, 2, 3)
 
 
 def test_kleins_text_context_equals_the_pipelines(world, klein):
@@ -319,14 +315,14 @@ def test_context_depends_on_the_image(both):
 
 
 def test_image_pixels_replace_the_folders_limits(world, images):
-    ours = encoder.load(world.folder, "cpu", vlm=world.vlm, image_pixels=(32 * 32, 80 * 80))
+    ours = encoder_files.load(world.folder, "cpu", vlm=world.vlm, image_pixels=(32 * 32, 80 * 80))
     contexts = ours.image_text_context(PROMPTS, images)
     assert_close(contexts, [official_context(world, prompt, image, pixels=(32 * 32, 80 * 80))
                             for prompt, image in zip(PROMPTS, images)])
 
 
 def test_official_limits_of_the_real_model(world, both):
-    processor = encoder._image_processor(world.vlm, both.vlm.config, (512 * 512, 768 * 768))
+    processor = encoder_files._image_processor(world.vlm, both.vlm.config, (512 * 512, 768 * 768))
     processor.patch_size = 16  # as in Qwen3-VL-4B
     sizes = [(1024, 1024), (1344, 576), (720, 1280), (64, 64)]
     grids = processor(images=[Image.new("RGB", size) for size in sizes], return_tensors="pt")["image_grid_thw"]
@@ -350,7 +346,7 @@ def test_long_prompt_beside_kleins_image_is_cut_behind(world, klein, images):
 
 
 def test_teacher_rope_of_klein(world, klein):
-    same = encoder.load(world.folder, "cpu", vlm=world.vlm, teacher_rope="text", style=encoder.KLEIN)
+    same = encoder_files.load(world.folder, "cpu", vlm=world.vlm, teacher_rope="text", style=KLEIN.text_style)
     tokens = [world.tokenizer(encoder.text_prompt(prompt, NO_THOUGHT)).input_ids for prompt in PROMPTS]
     with torch.no_grad():
         assert_close(same._features(same.vlm.language_model, tokens), klein.text_context(PROMPTS))
@@ -359,7 +355,7 @@ def test_teacher_rope_of_klein(world, klein):
 def test_teacher_rope(world, both):
     tokens = [world.tokenizer(encoder.text_prompt(prompt)).input_ids for prompt in PROMPTS]
     student = both.text_context(PROMPTS)
-    same = encoder.load(world.folder, "cpu", vlm=world.vlm, teacher_rope="text")
+    same = encoder_files.load(world.folder, "cpu", vlm=world.vlm, teacher_rope="text")
     with torch.no_grad():
         assert_close(same._features(same.vlm.language_model, tokens), student)
         official = both._features(both.vlm.language_model, tokens)
@@ -376,7 +372,7 @@ def test_language_model_is_held_once_and_frozen(both):
 
 
 def test_del_frees_the_weights(world):
-    loaded = encoder.load(world.folder, "cpu", vlm=world.vlm)
+    loaded = encoder_files.load(world.folder, "cpu", vlm=world.vlm)
     kept = weakref.ref(loaded.text.embed_tokens.weight)
     del loaded
     gc.collect()
@@ -384,7 +380,7 @@ def test_del_frees_the_weights(world):
 
 
 def test_bfloat16_keeps_rotary_tables_in_float32(world, images):
-    half = encoder.load(world.folder, "cpu", torch.bfloat16, vlm=world.vlm)
+    half = encoder_files.load(world.folder, "cpu", torch.bfloat16, vlm=world.vlm)
     assert half.text_context(PROMPTS[:1])[0].dtype == torch.bfloat16
     assert half.image_text_context(PROMPTS[:1], images[:1])[0].dtype == torch.bfloat16
     assert {buffer.dtype for buffer in [*half.text.buffers(), *half.vlm.buffers()]} == {torch.float32}
@@ -394,14 +390,14 @@ def test_bfloat16_keeps_rotary_tables_in_float32(world, images):
 def test_other_shards_of_the_vlm_are_never_opened(world, both, images, tmp_path, prefix):
     sharded_vlm(world, tmp_path, prefix)
     (tmp_path / "language.safetensors").write_bytes(b"poison")
-    ours = encoder.load(world.folder, "cpu", vlm=tmp_path).image_text_context(PROMPTS, images)
+    ours = encoder_files.load(world.folder, "cpu", vlm=tmp_path).image_text_context(PROMPTS, images)
     assert_close(ours, both.image_text_context(PROMPTS, images))
     (tmp_path / "language.safetensors").unlink()
-    encoder.load(world.folder, "cpu", vlm=tmp_path)
+    encoder_files.load(world.folder, "cpu", vlm=tmp_path)
 
 
 def test_whole_vlm_in_one_file_keeps_its_language_model_out(world, both, images):
-    whole = encoder.load(world.folder, "cpu", vlm=world.folder / "whole")
+    whole = encoder_files.load(world.folder, "cpu", vlm=world.folder / "whole")
     assert_close(whole.image_text_context(PROMPTS, images), both.image_text_context(PROMPTS, images))
 
 
@@ -410,7 +406,7 @@ def test_text_encoder_without_prefix_and_with_head(world, both, tmp_path):
     weights = {name.removeprefix("model."): tensor for name, tensor in
                load_file(copy / "text_encoder" / "model.safetensors").items()}
     save_file({**weights, "lm_head.weight": torch.zeros(3, 3)}, copy / "text_encoder" / "model.safetensors")
-    assert_close(encoder.load(copy, "cpu").text_context(PROMPTS), both.text_context(PROMPTS))
+    assert_close(encoder_files.load(copy, "cpu").text_context(PROMPTS), both.text_context(PROMPTS))
 
 
 def sharded_vlm(world: World, folder: Path, prefix: str = "model.visual.") -> None:
@@ -441,14 +437,14 @@ def test_hub_gives_only_what_vision_needs(world, monkeypatch, tmp_path):
     remote.mkdir()
     sharded_vlm(world, remote)
     fake_hub(monkeypatch, remote, cache)
-    encoder.load(world.folder, "cpu", vlm="Qwen/Qwen3-VL-4B-Instruct")
+    encoder_files.load(world.folder, "cpu", vlm="Qwen/Qwen3-VL-4B-Instruct")
     assert {file.name for file in cache.iterdir()} == {"config.json", "preprocessor_config.json", "vision.safetensors",
                                                        "model.safetensors.index.json"}
 
 
 def test_hub_repository_of_one_file(world, monkeypatch, tmp_path):
     fake_hub(monkeypatch, world.vlm, tmp_path / "cache")
-    encoder.load(world.folder, "cpu", vlm="owner/tiny")
+    encoder_files.load(world.folder, "cpu", vlm="owner/tiny")
     assert (tmp_path / "cache" / "model.safetensors").is_file()
 
 
@@ -464,13 +460,13 @@ def test_bad_prompts_and_images(world, both, images):
     fails("prompt 1 of 1: empty", both.image_text_context, [""], images[:1])
     fails("contains <|image_pad|>".replace("|", r"\|"), both.image_text_context, ["a <|image_pad|>"], images[:1])
     fails("aspect ratio", both.image_text_context, ["a"], [Image.new("RGB", (2010, 10))])
-    fails("--vlm: not given", encoder.load(world.folder, "cpu").image_text_context, ["a"], images[:1])
+    fails("--vlm: not given", encoder_files.load(world.folder, "cpu").image_text_context, ["a"], images[:1])
     with pytest.raises(ValueError, match="2 prompts for 1 images"):
         both.image_text_context(["a", "b"], images[:1])
 
 
 def test_image_that_fills_the_context(world):
-    large = encoder.load(world.folder, "cpu", vlm=world.vlm, image_pixels=(4096, 10 ** 6))
+    large = encoder_files.load(world.folder, "cpu", vlm=world.vlm, image_pixels=(4096, 10 ** 6))
     with pytest.warns(UserWarning):
         fails("image of 600x600 pixels: 1444 image tokens", large.image_text_context, ["a"],
               [Image.new("RGB", (600, 600))])
@@ -482,7 +478,7 @@ def test_bad_vlm_folders(world, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
 
     def load(vlm, **options):
-        encoder.load(world.folder, "cpu", vlm=vlm, **options)
+        encoder_files.load(world.folder, "cpu", vlm=vlm, **options)
     fails("/nowhere/at/all: no such folder", load, "/nowhere/at/all")
     fails("owner/vlm: not a local folder, and the hub did not give it .no route.", load, "owner/vlm")
     fails("no config.json", load, tmp_path)
@@ -508,27 +504,27 @@ def test_vlm_of_another_model(world, tmp_path, section, key, value, message):
     content = json.loads((vlm / "config.json").read_text())
     (content[section] if section else content)[key] = value
     (vlm / "config.json").write_text(json.dumps(content))
-    fails(message, encoder.load, world.folder, "cpu", vlm=vlm)
+    fails(message, encoder_files.load, world.folder, "cpu", vlm=vlm)
 
 
 def test_bad_checkpoint_folders(world, tmp_path):
     copy = copied_checkpoint(world, tmp_path)
     (copy / "text_encoder" / "config.json").rename(tmp_path / "config.json")
-    fails("text_encoder.config.json: no such file", encoder.load, copy, "cpu")
+    fails("text_encoder.config.json: no such file", encoder_files.load, copy, "cpu")
     (tmp_path / "config.json").rename(copy / "text_encoder" / "config.json")
     (copy / "tokenizer" / "tokenizer.json").write_text("{")
-    fails("tokenizer: not readable as a tokenizer", encoder.load, copy, "cpu")
+    fails("tokenizer: not readable as a tokenizer", encoder_files.load, copy, "cpu")
     shutil.rmtree(copy / "tokenizer")
-    fails("tokenizer: no such folder", encoder.load, copy, "cpu")
+    fails("tokenizer: no such folder", encoder_files.load, copy, "cpu")
 
 
 def test_too_few_layers_for_klein(world, tmp_path):
     copy = copied_checkpoint(world, tmp_path)
     change_json(copy / "text_encoder" / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
-    fails("text_encoder: num_hidden_layers 3, too few", encoder.load, copy, "cpu", style=encoder.KLEIN)
+    fails("text_encoder: num_hidden_layers 3, too few", encoder_files.load, copy, "cpu", style=KLEIN.text_style)
 
 
 def test_tokenizer_without_padding(world, tmp_path):
     copy = copied_checkpoint(world, tmp_path)
     change_json(copy / "tokenizer" / "tokenizer_config.json", pad_token=None)
-    fails("tokenizer: its tokenizer has no pad_token", encoder.load, copy, "cpu")
+    fails("tokenizer: its tokenizer has no pad_token", encoder_files.load, copy, "cpu")

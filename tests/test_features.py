@@ -140,13 +140,13 @@ def test_broken_cache_files_are_encoded_again(tmp_path):
 
 def test_without_teacher(tmp_path):
     folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
-    examples = Loader().prepare(folder, cache, teacher="")
+    examples = Loader().prepare(folder, cache, kind="")
     batch = Dataset(examples, 2, 0).batch(0)
     assert batch.teacher_context == [] and len(batch.student_context) == 2
     loader = Loader()
     loader.prepare(folder, cache)  # now the teacher is wanted: the same files are completed
     assert len(loader.encoded) == 4
-    assert Loader().prepare(folder, cache, teacher="") == examples and len(list(cache.iterdir())) == 4
+    assert Loader().prepare(folder, cache, kind="") == examples and len(list(cache.iterdir())) == 4
 
 
 def test_enlarged_images_warn_once(tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_cache_that_cannot_be_written(tmp_path):
 # ------------------------------------------------------------------------------------------------------- references
 def test_reference_teacher_sees_the_target_as_latents(tmp_path):
     folder = sidecars(tmp_path / "data", size=(16, 16))
-    examples = Loader().prepare(folder, tmp_path / "cache", teacher="reference")
+    examples = Loader().prepare(folder, tmp_path / "cache", kind="reference")
     batch = Dataset(examples, 4, 0).batch(0)
     for x0, caption, student, teacher in zip(batch.latents, batch.captions, batch.student_context,
                                              batch.teacher_context, strict=True):
@@ -186,7 +186,7 @@ def test_sources_reach_both_sides_and_the_target_comes_last(tmp_path, teacher):
         source = ["s1.png", picture(tmp_path / "second.png", (16, 24), (0, 0, 10)).name] if i == 1 else f"s{i}.png"
         lines.append({"file_name": f"{i}.png", "text": f"change {i}", "source": source})
     table(tmp_path / "metadata.jsonl", *lines)
-    examples = Loader().prepare(tmp_path, tmp_path / "cache", teacher=teacher)
+    examples = Loader().prepare(tmp_path, tmp_path / "cache", kind=teacher)
     dataset = Dataset(examples, 4, 0)
     assert dict(dataset.buckets) == {(16, 16, 1): 3, (16, 16, 2): 1} and dataset.batches_per_epoch == 2
     for batch in map(dataset.batch, range(2)):

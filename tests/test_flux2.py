@@ -15,6 +15,8 @@ from torch import nn
 import lora
 from networks import flux2
 from networks.flux2 import Context
+from rollout import sigma_grid
+from plumbing import lora_files
 from plumbing.files import InputError
 
 CONFIG = dict(patch_size=1, in_channels=16, out_channels=None, num_layers=2, num_single_layers=2, attention_head_dim=16,
@@ -36,6 +38,11 @@ SCHEDULER = dict(_class_name="FlowMatchEulerDiscreteScheduler", base_image_seq_l
                  shift_terminal=None, stochastic_sampling=False, time_shift_type="exponential", use_beta_sigmas=False,
                  use_dynamic_shifting=True, use_exponential_sigmas=False, use_karras_sigmas=False)
 RANK, ALPHA = 3, 6
+
+
+def grid_of(config: dict, steps: int, height: int, width: int) -> torch.Tensor:
+    """Noise levels for latents of this size."""
+    return sigma_grid(flux2.time_shift(config, steps, height, width), steps)
 
 
 def reference(seed: int = 0, **changes) -> Flux2Transformer2DModel:
@@ -224,7 +231,8 @@ def test_diffusers_and_we_load_our_file(model, adapter, tmp_path):
     pipeline.load_lora_weights(tmp_path, weight_name="student.safetensors")
     v = model.velocity(x, sigma, context, adapter)
     assert difference(v, their_velocity(theirs, x, sigma, context)) < 1e-4
-    assert difference(v, model.velocity(x, sigma, context, lora.load(tmp_path / "student.safetensors", model))) < 1e-5
+    ours = lora_files.load(tmp_path / "student.safetensors", model)
+    assert difference(v, model.velocity(x, sigma, context, ours)) < 1e-5
 
 
 def test_teacher_between_forward_and_backward_under_checkpointing(theirs):
@@ -268,8 +276,8 @@ def test_compiled_blocks_share_code_and_keep_values(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend=capture, fullgraph=True))
     reference(num_layers=4, num_single_layers=4).save_pretrained(tmp_path / "transformer")
-    fast = flux2.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
-    plain = flux2.load(tmp_path, "cpu", torch.float32)
+    fast = flux2.KLEIN.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
+    plain = flux2.KLEIN.load(tmp_path, "cpu", torch.float32)
     x, sigma, context = inputs("wide, two references")
     student = lora.create(fast, 2, 2, seed=0)
     assert difference(fast.velocity(x, sigma, context, student), plain.velocity(x, sigma, context)) < 1e-5
@@ -285,7 +293,7 @@ def folder(theirs, tmp_path):
 
 def fails(folder, message):
     """Both `check` and `load` say so, in one line that names the folder."""
-    for act in (flux2.check, lambda folder: flux2.load(folder, "cpu", torch.float32)):
+    for act in (flux2.KLEIN.check, lambda folder: flux2.KLEIN.load(folder, "cpu", torch.float32)):
         with pytest.raises(InputError, match=message) as error:
             act(folder)
         assert str(folder / "transformer") in str(error.value) and "\n" not in str(error.value)
@@ -295,14 +303,14 @@ def fails(folder, message):
 def test_loads_what_diffusers_saves(theirs, tmp_path, shard):
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size=shard)
     assert (len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1) == (shard == "100KB")
-    flux2.check(tmp_path)
-    model, (x, sigma, context) = flux2.load(tmp_path, "cpu", torch.float32), inputs()
+    flux2.KLEIN.check(tmp_path)
+    model, (x, sigma, context) = flux2.KLEIN.load(tmp_path, "cpu", torch.float32), inputs()
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert difference(model.velocity(x, sigma, context), their_velocity(theirs, x, sigma, context)) < 1e-4
 
 
 def test_bfloat16_inside_float32_outside(folder, model, adapter):
-    half, (x, sigma, context) = flux2.load(folder, "cpu", torch.bfloat16, checkpointing=True), inputs()
+    half, (x, sigma, context) = flux2.KLEIN.load(folder, "cpu", torch.bfloat16, checkpointing=True), inputs()
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     v, exact = half.velocity(x, sigma, context, adapter), model.velocity(x, sigma, context, adapter)
     assert v.dtype == torch.float32 and (v - exact).norm() < 0.05 * exact.norm()
@@ -371,14 +379,14 @@ def test_grid_is_the_pipelines(height, width):
         scheduler, tokens = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER), (height // 16) * (width // 16)
         u = np.linspace(1.0, 1 / steps, steps)
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=u, mu=compute_empirical_mu(tokens, steps))
-        sigmas = flux2.sigma_grid(SCHEDULER, steps, height // 8, width // 8)
+        sigmas = grid_of(SCHEDULER, steps, height // 8, width // 8)
         assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32
         assert difference(sigmas, scheduler.sigmas) < 1e-6
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
 def test_grid_of_four_steps_at_1024_pixels():
-    grid = flux2.sigma_grid(SCHEDULER, 4, 128, 128)
+    grid = grid_of(SCHEDULER, 4, 128, 128)
     assert difference(grid, torch.tensor([1, .967, .908, .767, 0])) < 1e-3  # not 1, .952, .832, .0098
 
 
@@ -388,8 +396,8 @@ def test_grid_of_four_steps_at_1024_pixels():
 ])
 def test_other_schedulers_are_refused(change, message):
     with pytest.raises(InputError, match=f"{next(iter(change))} = {message}"):
-        flux2.sigma_grid(SCHEDULER | change, 4, 128, 128)
+        grid_of(SCHEDULER | change, 4, 128, 128)
     plain = {"_class_name": SCHEDULER["_class_name"], "use_dynamic_shifting": True}
-    assert torch.equal(flux2.sigma_grid(plain, 4, 128, 128), flux2.sigma_grid(SCHEDULER, 4, 128, 128))
+    assert torch.equal(grid_of(plain, 4, 128, 128), grid_of(SCHEDULER, 4, 128, 128))
     with pytest.raises(InputError, match="steps = 0"):
-        flux2.sigma_grid(plain, 0, 128, 128)
+        grid_of(plain, 0, 128, 128)

@@ -18,7 +18,8 @@ import lora
 import sample
 import train
 from networks import flux2
-from plumbing import checkpoints, machine
+from networks.flux2 import KLEIN
+from plumbing import checkpoints, encoder_files, machine
 from plumbing.files import InputError
 from plumbing.pictures import crop, open_image
 from plumbing.program import run as run_program
@@ -48,7 +49,7 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def strong(klein, tmp_path_factory) -> Path:
     """A LoRA that changes pictures: B is not zero, alpha is not the rank."""
-    adapter = fill_b(lora.create(flux2.load(klein, "cpu", torch.float32), rank=3, alpha=6, seed=1), seed=2)
+    adapter = fill_b(lora.create(flux2.KLEIN.load(klein, "cpu", torch.float32), rank=3, alpha=6, seed=1), seed=2)
     path = tmp_path_factory.mktemp("adapters") / "klein.safetensors"
     lora.save(adapter, path, {"method": "dopsd"})
     return path
@@ -57,7 +58,8 @@ def strong(klein, tmp_path_factory) -> Path:
 @pytest.fixture
 def area_of_the_pipeline(monkeypatch):
     """Source pictures of up to 1024 * 1024 pixels stay as they are; small checkpoints have a lower limit."""
-    monkeypatch.setattr(checkpoints, "SMALL_KLEIN", dataclasses.replace(checkpoints.SMALL_KLEIN, size=1024))
+    large = dataclasses.replace(KLEIN.recipes[1], size=1024)
+    monkeypatch.setattr(checkpoints, "BACKBONES", (dataclasses.replace(KLEIN, recipes=(KLEIN.recipes[0], large)),))
 
 
 def theirs(pipeline, seed: int, steps: int, size: tuple[int | None, int | None], **what) -> np.ndarray:
@@ -173,7 +175,7 @@ def test_vlm_reads_the_reference(pipeline, ours, klein, pictures, area_of_the_pi
     size, files = (24, 48), [pictures[name] for name in names]
     mine = ours("--prompt", "a red star", "--steps", 3, "--seed", 2, "--reference", pictures["square"],
                 "--teacher-context", "vlm", *with_flag("--source", files), size=size)
-    reader = encoder.load(klein, "cpu", torch.float32, klein / "vlm", None, "vlm")
+    reader = encoder_files.load(klein, "cpu", torch.float32, klein / "vlm", None, "vlm")
     text, = reader.image_text_context(["a red star"], [crop(open_image(pictures["square"]), size)])
     image = {"image": [Image.open(file) for file in files]} if files else {}
     assert difference(mine, theirs(pipeline, 2, 3, size, prompt_embeds=text[None], **image)) <= 2

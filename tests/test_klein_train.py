@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, KLEIN_TOKENS, draw_picture, fill_b, metrics, write_pictures
+from conftest import CAPTIONS, KLEIN_TOKENS, draw_picture, fill_b, learn, metrics, write_pictures
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image, ImageOps
@@ -22,7 +22,8 @@ import encoder
 import sample
 import train
 from model import Context
-from plumbing import pictures, recipes
+from networks.flux2 import KLEIN
+from plumbing import encoder_files, pictures
 
 LAYERS = (1, 2, 3)
 # For editing: size of each target, sizes of its sources. 48 x 40 pixels are more than the training pictures' 32 * 32.
@@ -70,7 +71,7 @@ class Theirs:
 
     def __init__(self, pipeline, klein: Path, folder: Path):
         self.pipeline, self.rows = pipeline, data.read_folder(folder)
-        self.reader = encoder.load(klein, "cpu", torch.float32, klein / "vlm")
+        self.reader = encoder_files.load(klein, "cpu", torch.float32, klein / "vlm")
 
     def text(self, prompt: str) -> torch.Tensor:
         return self.pipeline.encode_prompt(prompt, max_sequence_length=KLEIN_TOKENS,
@@ -88,7 +89,8 @@ class Theirs:
             row = self.rows[index]
             target = pictures.crop(pictures.open_image(row.image), (32, 32))
             x0.append(self.latents(target))
-            sources = tuple(self.latents(pictures.fit(pictures.open_image(path), 8, 32 * 32, path)) for path in row.sources)
+            sources = tuple(self.latents(pictures.fit(pictures.open_image(path), 8, 32 * 32, path))
+                            for path in row.sources)
             students.append(Context(self.text(prompt), sources))
             if kind == "vlm":
                 teachers.append(Context(self.reader.image_text_context([prompt], [target])[0], sources))
@@ -141,10 +143,9 @@ def test_first_loss_is_that_of_diffusers(run, prepare, pipeline, klein, request,
 @pytest.mark.parametrize("context", ["reference", "vlm"])
 def test_gradient_reaches_every_block(prepare, pipeline, klein, edits, context):
     parts = prepare("--data", edits, "--teacher-context", context, "--checkpointing")
-    student, teacher = fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
+    student, teacher = fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
     batch = parts.dataset.batch(0)
-    value = train.dopsd_step(parts.cfg, train.Sides(parts.run, parts.model, batch), torch.tensor(grid(2)),
-                             data.generator(0, "noise", 0))
+    value = learn(parts)
     _, *contexts = Theirs(pipeline, klein, edits).contexts(batch, context)
     parts.model.checkpointing = False
     whole = equation_7(with_adapter(parts.model, student), with_adapter(parts.model, teacher), contexts,
@@ -174,7 +175,7 @@ def test_the_other_methods_train(run, edits, method):
     out = run("real", "--data", edits, "--method", method, "--steps", 2)
     losses = [line["loss"] for line in metrics(out)]
     assert all(0 < loss < math.inf for loss in losses) and losses[0] != losses[1]
-    assert (out / "teacher.safetensors").exists() == train.METHODS[method]
+    assert (out / "teacher.safetensors").exists() == train.METHODS[method].has_teacher
     if method == "pso":
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)                      # the student is the reference
 
@@ -219,9 +220,9 @@ def test_reference_needs_no_vlm(run, klein, tmp_path):
 
 def test_summary_and_recipe(run, edits, capsys):
     config = json.loads((run("real", "--data", edits, "--steps", 1) / "config.json").read_text())
-    assert config["recipe"] == recipes.SMALL_KLEIN.name and config["options"]["teacher_context"] == "reference"
+    assert config["recipe"] == KLEIN.recipes[1].name and config["options"]["teacher_context"] == "reference"
     shown = capsys.readouterr().out
-    for word in ("2 of 32x32 with 1 source(s)", "2 of 32x32 with 2 source(s)", recipes.SMALL_KLEIN.name, "56 layers"):
+    for word in ("2 of 32x32 with 1 source(s)", "2 of 32x32 with 2 source(s)", KLEIN.recipes[1].name, "56 layers"):
         assert word.replace("56", str(2 * 12 + 2 * 2)) in shown
 
 
@@ -231,7 +232,7 @@ def test_panel_cells_are_what_sample_draws(run, klein, edits, tmp_path, context)
     out = run("real", "--data", edits, "--steps", 3, "--sample-every", 3, "--seed", 6, "--teacher-context", context,
               "--panel-prompt", "paint it green")
     first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 5, 4, (32, 32)) for n in (0, 3))
-    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", recipes.SMALL_KLEIN.unrelated]
+    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", KLEIN.recipes[1].unrelated]
 
     def enlarged(image: Image.Image) -> np.ndarray:
         """As in a tile, in the middle of a white square."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import lora
+from plumbing import lora_files
 import train
 from tiny.making.klein import changed
 from tiny.making.stage import generator
@@ -23,7 +24,7 @@ def trained(judge: Judge, data: str, model: Path, out: Path) -> lora.Adapter:
     arguments = {"--data": data, "--model": model, "--out": out, "--steps": STEPS, "--lr": 4e-3,
                  "--sample-every": STEPS, "--save-every": STEPS}
     assert train.main([str(word) for pair in arguments.items() for word in pair]) == 0
-    return lora.load(out / "student.safetensors", judge.net)
+    return lora_files.load(out / "student.safetensors", judge.net)
 
 
 @pytest.mark.parametrize("name", ["model", "flux2"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_model import difference, inputs, ours, reference, their_velocity
 
 import lora
+from plumbing import lora_files
 from plumbing.files import InputError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
@@ -155,7 +156,7 @@ def test_file_content(model, adapter, tmp_path):
         assert file.metadata() == {"step": "7"}
         names = model.lora_names()
         assert set(file.keys()) == {f"transformer.{name}.lora_{side}.weight" for name in names for side in "AB"}
-    loaded = lora.load(tmp_path / "a.safetensors", model)
+    loaded = lora_files.load(tmp_path / "a.safetensors", model)
     assert (loaded.rank, loaded.scale) == (RANK, 1) and not loaded.parameters()[0].requires_grad
     assert difference(velocity(model, loaded), velocity(model, adapter)) < 1e-5
 
@@ -203,7 +204,7 @@ def test_spellings(model, adapter, tmp_path, spelling):
     save_file(spelled(adapter, **SPELLINGS[spelling]), path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = lora.load(path, model)
+        loaded = lora_files.load(path, model)
     assert [str(w.message) for w in caught if "alpha is unknown" in str(w.message)] == [
         str(w.message) for w in caught] and bool(caught) == spelling.startswith("PEFT")
     assert difference(velocity(model, loaded), velocity(model, adapter)) < 1e-5
@@ -220,7 +221,7 @@ def test_fused_qkv(model, tmp_path):
     for i, name in enumerate(("to_q", "to_k", "to_v")):
         merged.get_submodule(f"layers.1.attention.{name}").weight += 0.5 * B[48 * i:48 * (i + 1)] @ A
     x, context = inputs()
-    v = velocity(model, lora.load(tmp_path / "a.safetensors", model))
+    v = velocity(model, lora_files.load(tmp_path / "a.safetensors", model))
     assert difference(v, their_velocity(merged, x, 0.6, context)) < 1e-4
     assert difference(v, velocity(model, None)) > 1e-3
 
@@ -243,7 +244,7 @@ def test_reads_alpha_that_peft_and_diffusers_save(model, tmp_path, tool, options
         ZImagePipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(theirs), weight_name=file,
                                          transformer_lora_adapter_metadata=metadata)
     x, context = inputs()
-    v = velocity(model, lora.load(tmp_path / file, model))
+    v = velocity(model, lora_files.load(tmp_path / file, model))
     expected = their_velocity(theirs, x, 0.6, context)
     assert difference(v, expected) < 1e-4 * max(1, expected.abs().max())
     assert difference(v, velocity(model, None)) > 0.1
@@ -253,7 +254,7 @@ def test_some_layers_and_several_ranks(model, adapter, tmp_path):
     names = ["layers.0.attention.to_q", "context_refiner.1.feed_forward.w2"]
     first, second = random_adapter(model, 1, names[:1]), lora.create(model, 5, 5, 2, names[1:])
     lora.save(lora.Adapter({**first.weights, **second.weights}, 1, 1), tmp_path / "a.safetensors")
-    loaded = lora.load(tmp_path / "a.safetensors", model)
+    loaded = lora_files.load(tmp_path / "a.safetensors", model)
     assert set(loaded.weights) == set(names) and loaded.rank == 5
     assert loaded.block("layers.1") is None and set(loaded.block("layers.0")) == {"attention.to_q"}
     first = lora.Adapter(first.weights, 1, 1)
@@ -283,22 +284,22 @@ def test_wrong_files(model, adapter, tmp_path, change, message):
     path = tmp_path / "a.safetensors"
     save_file(weights, path)
     with pytest.raises(InputError, match=message) as error:
-        lora.load(path, model)
+        lora_files.load(path, model)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unreadable_files(model, adapter, tmp_path):
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(InputError, match="no such file"):
-            lora.load(path, model)
+            lora_files.load(path, model)
     path = tmp_path / "a.safetensors"
     lora.save(adapter, path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match="not a complete safetensors"):
-        lora.load(path, model)
+        lora_files.load(path, model)
     save_file(load_file(saved(adapter, tmp_path)), path, {"lora_adapter_metadata": json.dumps([1])})
     with pytest.raises(InputError, match="metadata"):
-        lora.load(path, model)
+        lora_files.load(path, model)
 
 
 def saved(adapter, folder):

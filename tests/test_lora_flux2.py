@@ -14,6 +14,7 @@ from test_model import difference
 import lora
 from model import ZImageTransformer
 from networks import flux2
+from plumbing import lora_files
 from plumbing.files import InputError
 
 DOUBLE, SINGLE = 11, 12  # so that a block's number can be the beginning of another one's
@@ -103,7 +104,7 @@ def test_our_file(model, adapter, tmp_path):
     file = load_file(path)
     assert file.keys() == {f"transformer.{name}.lora_{side}.weight" for name in model.lora_names() for side in "AB"}
     expected = changes(adapter.weights, ALPHA / RANK)
-    assert_same(changes(lora.load(path, model).weights), expected, model.lora_names())
+    assert_same(changes(lora_files.load(path, model).weights), expected, model.lora_names())
     assert_same(changes(Flux2KleinPipeline.lora_state_dict(dict(file))), expected, model.lora_names())
 
 
@@ -134,7 +135,7 @@ def test_original_names(model, original, tmp_path, spelling):
     options, known = SPELLINGS[spelling]
     save_file(spelled(original, **options), tmp_path / "a.safetensors")
     expected = changes(Flux2KleinPipeline.lora_state_dict(spelled(original, **known)))
-    assert_same(changes(lora.load(tmp_path / "a.safetensors", model).weights), expected, model.lora_names())
+    assert_same(changes(lora_files.load(tmp_path / "a.safetensors", model).weights), expected, model.lora_names())
 
 
 @pytest.mark.filterwarnings("ignore:.*alpha is unknown")
@@ -147,7 +148,7 @@ def test_split_names(model, adapter, tmp_path, options):
     """The names of diffusers, where q, k and v are Linears of their own."""
     save_file(spelled(adapter, **options), tmp_path / "a.safetensors")
     expected = changes(adapter.weights, ALPHA / RANK)
-    assert_same(changes(lora.load(tmp_path / "a.safetensors", model).weights), expected, model.lora_names())
+    assert_same(changes(lora_files.load(tmp_path / "a.safetensors", model).weights), expected, model.lora_names())
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -158,7 +159,7 @@ def pair(layer, inner=DIM, outer=DIM):
 def fails(path, weights, model, message):
     save_file(weights, path)
     with pytest.raises(InputError, match=message) as error:
-        lora.load(path, model)
+        lora_files.load(path, model)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 

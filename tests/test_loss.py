@@ -5,16 +5,26 @@ import math
 import pytest
 import torch
 
-from loss import LOSSES, denoising_error, dopsd, draw_sigma, pso, sft
+from baselines import denoising_error, draw_sigma, preference, sft
+from loss import WEIGHTS, weight_of
 from plumbing.files import InputError
 from rollout import Point, rollout, sigma_grid, transition
+from train import dopsd
 
-TURBO = {"shift": 3.0}
+SHIFT = 3.0
 SHAPE = (2, 3, 4, 5)
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*(shape or SHAPE), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_at(point: Point, v_teacher: torch.Tensor, kind: str) -> torch.Tensor:
+    """The loss of `dopsd` where the student has the velocity of this point, walking from its sigma to 0."""
+    (loss,) = dopsd(lambda x, sigma: point.v, lambda x, sigma: v_teacher + 0, torch.zeros(point.v.shape),
+                    torch.tensor([point.sigma, point.sigma_next], dtype=torch.float64), weight_of(kind),
+                    noise=point.noise, rng=torch.Generator())
+    return loss
 
 
 def point_at(sigma: float, v: torch.Tensor, noise: float = 0.0, sigma_next: float | None = None) -> Point:
@@ -41,17 +51,17 @@ def test_values(sigma):
     point, v_teacher = point_at(sigma, draw(1)), draw(2)
     pairs = zip(draw(1).flatten().tolist(), v_teacher.flatten().tolist())
     explicit = sum((s - t) ** 2 for s, t in pairs) / v_teacher.numel()
-    assert float(dopsd(point, v_teacher, "v")) == pytest.approx(explicit, rel=1e-5)
-    x0_student, x0_teacher = point.x - sigma * point.v_student, point.x - sigma * v_teacher
+    assert float(loss_at(point, v_teacher, "v")) == pytest.approx(explicit, rel=1e-5)
+    x0_student, x0_teacher = point.x - sigma * point.v, point.x - sigma * v_teacher
     explicit = torch.nn.functional.mse_loss(x0_student, x0_teacher)
-    assert float(dopsd(point, v_teacher, "x0")) == pytest.approx(float(explicit), rel=1e-5)
+    assert float(loss_at(point, v_teacher, "x0")) == pytest.approx(float(explicit), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind, noise", [("v", 0.0), ("x0", 0.0), ("kl", 0.0), ("kl", 0.7)])
 def test_gradient(kind, noise):
     sigma, v, v_teacher = 0.75, draw(3, 1, 1, 2, 3).requires_grad_(), draw(4, 1, 1, 2, 3)
     point = point_at(sigma, v, noise)
-    dopsd(point, v_teacher, kind).backward()
+    loss_at(point, v_teacher, kind).backward()
     ode = 0.375 ** 2 / 2
     sde = 1.245 ** 2 * 0.375 * 0.25 / (2 * 0.49 * 0.75)
     weight = {("v", 0.0): 1.0, ("x0", 0.0): sigma ** 2, ("kl", 0.0): ode, ("kl", 0.7): sde}[kind, noise]
@@ -72,16 +82,16 @@ def test_gradient(kind, noise):
 
 @pytest.mark.parametrize("sigma, following", [(1.0, 0.9), (1.0, 0.5), (0.9, 0.75), (0.5, 0.3), (0.3, 0.0)])
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.7, 1.2])
-@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_every_weight_is_half_the_curvature_of_its_definition(kind, noise, sigma, following):
     """Value and second derivative in v_s; for kl the definition is torch's KL of the two Normals of the transition."""
     v, v_teacher = draw(1), draw(2)
     point = point_at(sigma, v, noise, following)
     expected = definition(kind, point, v.double(), v_teacher)
-    assert float(dopsd(point, v_teacher, kind)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss_at(point, v_teacher, kind)) == pytest.approx(float(expected), rel=1e-5)
     one = torch.tensor([0.3], dtype=torch.float64)
     curvature = torch.autograd.functional.hessian(lambda v: definition(kind, point, v, torch.tensor([0.8])), one)
-    assert LOSSES[kind](point) == pytest.approx(float(curvature) / 2, rel=1e-9)
+    assert WEIGHTS[kind](point) == pytest.approx(float(curvature) / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.7, 1.2])
@@ -89,15 +99,15 @@ def test_kl_closed_forms(noise):
     """The table of loss.py's docstring."""
     for sigma, following in ((0.9, 0.75), (0.5, 0.3), (0.3, 0.0)):
         closed = (1 + noise ** 2 / 2) ** 2 * (sigma - following) * (1 - sigma) / (2 * noise ** 2 * sigma)
-        assert LOSSES["kl"](point_at(sigma, draw(1), noise, following)) == pytest.approx(closed, rel=1e-12)
+        assert WEIGHTS["kl"](point_at(sigma, draw(1), noise, following)) == pytest.approx(closed, rel=1e-12)
     for following in (0.9, 0.5, 0.0):
         closed = (1 - following) ** 2 / (2 * noise ** 2)
-        assert LOSSES["kl"](point_at(1.0, draw(1), noise, following)) == pytest.approx(closed, rel=1e-12)
+        assert WEIGHTS["kl"](point_at(1.0, draw(1), noise, following)) == pytest.approx(closed, rel=1e-12)
 
 
 def test_kl_of_the_ode_is_no_limit():
     """With little noise the KL grows like 1 / a^2; without, it is the surrogate d^2 / 2."""
-    weights = [LOSSES["kl"](point_at(0.5, draw(1), a)) for a in (1e-3, 1e-4, 0.0)]
+    weights = [WEIGHTS["kl"](point_at(0.5, draw(1), a)) for a in (1e-3, 1e-4, 0.0)]
     assert weights[1] / weights[0] == pytest.approx(100, rel=1e-4)
     assert weights[2] == 0.25 ** 2 / 2
 
@@ -105,25 +115,25 @@ def test_kl_of_the_ode_is_no_limit():
 @pytest.mark.parametrize("sigma, following", [(1.0, 1.0), (0.5, 0.5)])
 def test_kl_needs_a_density(sigma, following):
     with pytest.raises(InputError) as error:
-        dopsd(point_at(sigma, draw(1), 0.7, following), draw(2), "kl")
+        loss_at(point_at(sigma, draw(1), 0.7, following), draw(2), "kl")
     message = str(error.value)
     assert message.startswith(f"--loss kl: the step from sigma = {sigma} to {following} ") and "\n" not in message
     assert message.endswith("use --noise 0 or another --loss")
-    assert float(dopsd(point_at(sigma, draw(1), 0.0, following), draw(2), "kl")) == 0.0
+    assert float(loss_at(point_at(sigma, draw(1), 0.0, following), draw(2), "kl")) == 0.0
     with pytest.raises(InputError, match="^--noise -1.0: "):
-        dopsd(point_at(0.5, draw(1), -1.0), draw(2), "kl")
+        loss_at(point_at(0.5, draw(1), -1.0), draw(2), "kl")
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7])
-@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_subsets_of_states_average_to_the_full_mean(kind, noise):
     """Over all subsets of one size, each walked by itself, the mean of the learned states' losses is that of all."""
     student, steps = torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False), 4
 
     def mean_loss(learned: set[int]) -> float:
-        points = rollout(lambda x, _: student(x), draw(9), sigma_grid(TURBO, steps), learned, noise,
+        points = rollout(lambda x, _: student(x), draw(9), sigma_grid(SHIFT, steps), learned, noise,
                          torch.Generator().manual_seed(1))
-        return sum(float(dopsd(point, point.x.tanh(), kind)) for point in points) / len(learned)
+        return sum(float(loss_at(point, point.x.tanh(), kind)) for point in points) / len(learned)
 
     full = mean_loss(set(range(steps)))
     for size in range(1, steps):
@@ -132,43 +142,44 @@ def test_subsets_of_states_average_to_the_full_mean(kind, noise):
         assert sum(losses) / len(losses) == pytest.approx(full, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_teacher_gets_no_gradient(kind):
     v, v_teacher = draw(5).requires_grad_(), draw(6).requires_grad_()
-    dopsd(point_at(0.5, v), v_teacher, kind).backward()
+    loss_at(point_at(0.5, v), v_teacher, kind).backward()
     assert v.grad is not None and v_teacher.grad is None
 
 
 def test_low_precision_inputs_are_computed_in_float32():
     v, v_teacher = draw(7).bfloat16(), draw(8).bfloat16()
-    for kind in LOSSES:
-        loss = dopsd(point_at(0.3, v), v_teacher, kind)
+    for kind in WEIGHTS:
+        loss = loss_at(point_at(0.3, v), v_teacher, kind)
         assert loss.dtype == torch.float32 and loss.shape == ()
-        assert torch.equal(loss, dopsd(point_at(0.3, v.float()), v_teacher.float(), kind))
+        assert torch.equal(loss, loss_at(point_at(0.3, v.float()), v_teacher.float(), kind))
     # bfloat16 arithmetic would lose this: 1 + 2^-10 is not a bfloat16 number, the difference of two float32 is 2^-10
-    small = dopsd(point_at(1.0, torch.full(SHAPE, 1 + 2 ** -10)), torch.ones(SHAPE).bfloat16(), "v")
+    small = loss_at(point_at(1.0, torch.full(SHAPE, 1 + 2 ** -10)), torch.ones(SHAPE).bfloat16(), "v")
     assert float(small) == 2 ** -20
 
 
 def test_unknown_objective():
     with pytest.raises(InputError, match="^--loss huber: no such objective; choose one of v, x0, kl$"):
-        dopsd(point_at(0.5, draw(1)), draw(2), "huber")
+        loss_at(point_at(0.5, draw(1)), draw(2), "huber")
 
 
-@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_backward_per_step_equals_one_backward(kind):
     def nets() -> tuple[torch.nn.Module, torch.nn.Module]:
         torch.manual_seed(0)
         return torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
 
     student, teacher = nets()
-    for point in rollout(lambda x, sigma: student(x), draw(9), sigma_grid(TURBO, 4)):
-        (dopsd(point, teacher(point.x), kind) / 4).backward()
+    grid = sigma_grid(SHIFT, 4)
+    for loss in dopsd(lambda x, sigma: student(x), lambda x, sigma: teacher(x), draw(9), grid, weight_of(kind)):
+        loss.backward()
     per_step = [parameter.grad for parameter in student.parameters()]
 
     student, teacher = nets()
-    points = list(rollout(lambda x, sigma: student(x), draw(9), sigma_grid(TURBO, 4)))
-    torch.stack([dopsd(point, teacher(point.x), kind) for point in points]).mean().backward()
+    points = list(rollout(lambda x, sigma: student(x), draw(9), grid))
+    torch.stack([loss_at(point, teacher(point.x), kind) for point in points]).mean().backward()
     for ours, parameter in zip(per_step, student.parameters()):
         assert torch.allclose(ours, parameter.grad, rtol=1e-5, atol=1e-7)
 
@@ -192,13 +203,17 @@ def test_sft():
         seen["x"], seen["sigma"] = x, s
         return 0.1 * x
 
-    loss = sft(velocity, x0, eps, sigma)
+    loss = denoising_error(velocity, x0, eps, sigma).mean()
     assert torch.equal(seen["sigma"], sigma)
     for b, s in enumerate((0.25, 1.0)):
         assert torch.allclose(seen["x"][b], (1 - s) * x0[b] + s * eps[b])
     assert float(loss) == pytest.approx(float(((0.1 * seen["x"] - (eps - x0)) ** 2).mean()), rel=1e-6)
-    assert float(sft(lambda x, s: eps - x0, x0, eps, sigma)) == 0.0
-    assert sft(velocity, x0.bfloat16(), eps.bfloat16(), sigma).dtype == torch.float32
+    assert float(denoising_error(lambda x, s: eps - x0, x0, eps, sigma).mean()) == 0.0
+    assert denoising_error(velocity, x0.bfloat16(), eps.bfloat16(), sigma).dtype == torch.float32
+
+    (loss,) = sft(velocity, eps, torch.tensor([1.0, 0.0]), x0, 3.0, torch.Generator().manual_seed(3))
+    drawn = draw_sigma(torch.Generator().manual_seed(3), 3.0, 2)
+    assert torch.equal(seen["sigma"], drawn) and torch.equal(loss, denoising_error(velocity, x0, eps, drawn).mean())
 
 
 def test_denoising_error_is_of_each_image():
@@ -222,7 +237,7 @@ def test_pso(beta):
     def reference(x, s):
         return -0.1 * x
 
-    loss, expected, slope = pso(student, reference, win, lose, eps, sigma, beta), 0.0, 0.0
+    loss, expected, slope = preference(student, reference, win, lose, eps, sigma, beta), 0.0, 0.0
     for b, s in enumerate((0.75, 1.0)):
         x = {name: (1 - s) * x0[b] + s * eps[b] for name, x0 in (("win", win), ("lose", lose))}
         goal = {"win": eps[b] - win[b], "lose": eps[b] - lose[b]}
@@ -235,4 +250,4 @@ def test_pso(beta):
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
     assert float(weight.grad) == pytest.approx(slope, rel=1e-3)
-    assert float(pso(reference, reference, win, lose, eps, sigma, beta)) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(preference(reference, reference, win, lose, eps, sigma, beta)) == pytest.approx(math.log(2), rel=1e-6)

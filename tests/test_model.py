@@ -161,8 +161,8 @@ def test_compiled_blocks_share_code_and_keep_values(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend=capture, fullgraph=True))
     reference(n_layers=6).save_pretrained(tmp_path / "transformer")
-    fast = zimage.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
-    plain = zimage.load(tmp_path, "cpu", torch.float32)
+    fast = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
+    plain = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32)
     x, context = inputs(lengths=(5, 5))
     student = lora.create(fast, 2, 2, seed=0)
     assert difference(fast.velocity(x, 0.5, context, student), plain.velocity(x, 0.5, context)) < 1e-5
@@ -187,14 +187,14 @@ def rewrite(folder, change):
 def test_loads_what_diffusers_saves(theirs, tmp_path, shard):
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size=shard)
     assert (len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1) == (shard == "100KB")
-    model = zimage.load(tmp_path, "cpu", torch.float32)
+    model = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     x, context = inputs()
     assert difference(model.velocity(x, 0.5, context), their_velocity(theirs, x, 0.5, context)) < 1e-4
 
 
 def test_bfloat16_inside_float32_outside(folder, model):
-    half = zimage.load(folder, "cpu", torch.bfloat16, checkpointing=True)
+    half = zimage.Z_IMAGE.load(folder, "cpu", torch.bfloat16, checkpointing=True)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     x, context = inputs()
     v, exact = half.velocity(x, 0.5, context), model.velocity(x, 0.5, context)
@@ -210,7 +210,7 @@ def test_bfloat16_inside_float32_outside(folder, model):
 def test_weights_load_strictly(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(InputError, match=message):
-        zimage.load(folder, "cpu", torch.float32)
+        zimage.Z_IMAGE.load(folder, "cpu", torch.float32)
 
 
 def test_missing_shard(theirs, tmp_path):
@@ -218,7 +218,7 @@ def test_missing_shard(theirs, tmp_path):
     lost = sorted((tmp_path / "transformer").glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(InputError, match=lost.name):
-        zimage.load(tmp_path, "cpu", torch.float32)
+        zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("key, value", [
@@ -234,7 +234,7 @@ def test_config_is_checked(folder, key, value):
         config[key] = value
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match=key) as error:
-        zimage.load(folder, "cpu", torch.float32)
+        zimage.Z_IMAGE.load(folder, "cpu", torch.float32)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match=key):
         zimage.ZImageTransformer(config)
@@ -272,7 +272,7 @@ def test_wrong_inputs(model, x, lengths, width, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_bfloat16_and_compile(folder, model, compile):
-    half = zimage.load(folder, "cuda", torch.bfloat16, checkpointing=True, compile=compile)
+    half = zimage.Z_IMAGE.load(folder, "cuda", torch.bfloat16, checkpointing=True, compile=compile)
     student = lora.create(half, 4, 8, seed=0)
     for height, width, lengths in ((8, 8, (5, 5)), (16, 8, (5, 40)), (12, 12, (70, 3))):
         x, context = inputs(height, width, lengths)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, program
+from conftest import metrics, on_each_loss, program
 from safetensors.torch import load_file
 
 import lora
-import loss as objectives
 import train
 from plumbing import files
+from plumbing.backbone import Backbone
 from plumbing.files import InputError
 from plumbing.program import run as run_program
 
@@ -126,14 +126,14 @@ def test_ctrl_c_saves_and_exits_with_130(base, run, tmp_path):
 
 def press_ctrl_c(monkeypatch, times: int, call: int) -> None:
     """Ctrl-C in the middle of the `call`-th evaluation of the loss."""
-    loss, count = objectives.dopsd, [0]
+    count = [0]
 
-    def pressed(*args):
+    def pressed(loss):
         count[0] += 1
         for _ in range(times if count[0] == call else 0):
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(*args)
-    monkeypatch.setattr(objectives, "dopsd", pressed)
+        return loss
+    on_each_loss(monkeypatch, pressed)
 
 
 def test_ctrl_c_finishes_the_step(run, monkeypatch, capsys):
@@ -156,13 +156,12 @@ def test_second_ctrl_c_stops_at_once(run, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- numbers
 def spoil(monkeypatch, call: int, spoiled) -> None:
     """Replace the loss of the `call`-th state by spoiled(loss)."""
-    loss, count = objectives.dopsd, [0]
+    count = [0]
 
-    def wrapper(*args):
+    def wrapper(loss):
         count[0] += 1
-        value = loss(*args)
-        return spoiled(value) if count[0] == call else value
-    monkeypatch.setattr(objectives, "dopsd", wrapper)
+        return spoiled(loss) if count[0] == call else loss
+    on_each_loss(monkeypatch, wrapper)
 
 
 SPOILED = {"loss nan": lambda loss: loss * float("nan"), "loss infinite": lambda loss: loss * float("inf"),
@@ -244,7 +243,7 @@ def test_full_disk_while_logging(run, tmp_path):
 def test_out_of_memory_names_the_options(base, tmp_path, monkeypatch, capsys):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
-    monkeypatch.setattr(objectives, "dopsd", exhausted)
+    on_each_loss(monkeypatch, exhausted)
     with pytest.raises(SystemExit) as caught:
         run_program(lambda: train.main([*base, "--out", str(tmp_path / "small")]))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -255,14 +254,14 @@ def test_out_of_memory_names_the_options(base, tmp_path, monkeypatch, capsys):
 
 def test_out_of_memory_in_a_later_step_loses_nothing(run, tmp_path, monkeypatch):
     """Steps since the last save are kept, and the advice given (--checkpointing) can be followed on --resume."""
-    calls, real = [], objectives.dopsd
+    calls = []
 
-    def exhausted_in_step_3(*parts):
+    def exhausted_in_step_3(loss):
         calls.append(1)
         if len(calls) > 2 * 2:                                         # K = 2 states a step
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*parts)
-    monkeypatch.setattr(objectives, "dopsd", exhausted_in_step_3)
+        return loss
+    on_each_loss(monkeypatch, exhausted_in_step_3)
     with pytest.raises(torch.OutOfMemoryError):
         run("small", "--steps", 4, "--save-every", 100)
     assert saved_step(tmp_path / "small") == 2
@@ -276,7 +275,7 @@ def test_out_of_memory_in_a_later_step_loses_nothing(run, tmp_path, monkeypatch)
 def test_interrupted_before_the_loop_is_130(base, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train.transformer, "load", interrupted)
+    monkeypatch.setattr(Backbone, "load", interrupted)
     with pytest.raises(SystemExit) as caught:
         run_program(lambda: train.main([*base, "--out", str(tmp_path / "early")]))
     assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err

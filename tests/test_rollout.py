@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from plumbing.files import InputError
-from rollout import Point, euler, rollout, sample, scheduler_shift, sigma_grid
+from baselines import off_policy
+from model import scheduler_shift
+from rollout import Point, euler, rollout, sample, sigma_grid
 
+SHIFT = 3.0  # Turbo's
 TURBO = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
          "use_dynamic_shifting": False}
 
@@ -26,29 +29,29 @@ def pipeline_scheduler(shift: float, steps: int):
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.25])
 def test_grid_equals_pipeline(shift):
     for steps in range(1, 51):
-        ours = sigma_grid(TURBO | {"shift": shift}, steps)
+        ours = sigma_grid(scheduler_shift(TURBO | {"shift": shift}), steps)
         assert ours.dtype == torch.float32 and ours.shape == (steps + 1,)
         assert torch.equal(ours, pipeline_scheduler(shift, steps).sigmas), steps
 
 
 def test_grid_of_the_model_facts():
     eight = torch.tensor([1, .9545, .9, .8333, .75, .6429, .5, .3, 0])
-    assert torch.allclose(sigma_grid(TURBO, 8), eight, atol=5e-5)
-    assert torch.allclose(sigma_grid(TURBO, 4), torch.tensor([1, .9, .75, .5, 0]))
-    assert sigma_grid(TURBO, 4)[:-1].tolist() == sigma_grid(TURBO, 8)[:-1:2].tolist()
+    assert torch.allclose(sigma_grid(SHIFT, 8), eight, atol=5e-5)
+    assert torch.allclose(sigma_grid(SHIFT, 4), torch.tensor([1, .9, .75, .5, 0]))
+    assert sigma_grid(SHIFT, 4)[:-1].tolist() == sigma_grid(SHIFT, 8)[:-1:2].tolist()
 
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_grid_needs_a_step(steps):
     with pytest.raises(InputError, match=rf"^steps = {steps}: .* 1 or more$"):
-        sigma_grid(TURBO, steps)
+        sigma_grid(SHIFT, steps)
 
 
 @pytest.mark.parametrize("key", ["use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas",
                                  "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"])
 def test_other_grids_are_refused(key):
     with pytest.raises(InputError, match=f"{key} = True is not supported"):
-        sigma_grid(TURBO | {key: True}, 4)
+        sigma_grid(scheduler_shift(TURBO | {key: True}), 4)
 
 
 def test_wrong_configs_are_refused():
@@ -69,7 +72,7 @@ def test_straight_flow_lands_on_x0(steps):
     generator = torch.Generator().manual_seed(steps)
     # Multiples of 1/8 and a power-of-two grid would be exact by luck; random numbers leave rounding only.
     x0, eps = torch.randn(2, 2, 3, 4, 5, generator=generator)
-    landed = sample(lambda x, sigma: eps - x0, eps, sigma_grid(TURBO, steps))
+    landed = sample(lambda x, sigma: eps - x0, eps, sigma_grid(SHIFT, steps))
     assert landed.dtype == torch.float32
     assert torch.allclose(landed, x0, atol=2e-6, rtol=0)
 
@@ -77,7 +80,7 @@ def test_straight_flow_lands_on_x0(steps):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_straight_flow_is_exact_in_exact_arithmetic(steps):
     x0, eps = torch.randint(-8, 8, (2, 2, 3, 4, 5), generator=torch.Generator().manual_seed(0)).float()
-    grid = sigma_grid(TURBO | {"shift": 1.0}, steps)  # 1, 1 - 1/n, ...: sums without rounding for powers of two
+    grid = sigma_grid(1.0, steps)  # 1, 1 - 1/n, ...: sums without rounding for powers of two
     assert torch.equal(sample(lambda x, sigma: eps - x0, eps, grid), x0)
 
 
@@ -91,14 +94,14 @@ def test_gaussian_data_converges_at_first_order():
         return -m + (sigma - (1 - sigma) * s ** 2) / a2 * (x - (1 - sigma) * m)
 
     eps = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    errors = [float((sample(velocity, eps, sigma_grid(TURBO, n)) - (m + s * eps)).abs().max()) for n in (40, 80, 160)]
+    errors = [float((sample(velocity, eps, sigma_grid(SHIFT, n)) - (m + s * eps)).abs().max()) for n in (40, 80, 160)]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert errors[-1] < 0.03 and all(0.85 < order < 1.15 for order in orders), (errors, orders)
 
 
 def test_sample_builds_no_graph():
     weight = torch.ones(1, requires_grad=True)
-    assert not sample(lambda x, sigma: weight * x, torch.ones(1, 1, 2, 2), sigma_grid(TURBO, 2)).requires_grad
+    assert not sample(lambda x, sigma: weight * x, torch.ones(1, 1, 2, 2), sigma_grid(SHIFT, 2)).requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -112,34 +115,34 @@ def test_rollout_visits_the_states_of_diffusers():
     net, noise = student(), torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(2))
     scheduler, x = pipeline_scheduler(3.0, 8), noise
     scheduler.set_begin_index(0)
-    points = list(rollout(lambda x, sigma: (1 + sigma) * net(x), noise, sigma_grid(TURBO, 8)))
+    points = list(rollout(lambda x, sigma: (1 + sigma) * net(x), noise, sigma_grid(SHIFT, 8)))
     assert len(points) == 8
     for point, t, sigma in zip(points, scheduler.timesteps, scheduler.sigmas):
         assert torch.equal(point.x, x) and point.sigma == float(sigma)
         x = scheduler.step(((1 + float(sigma)) * net(x)).detach(), t, x, return_dict=False)[0]
     assert points[-1].sigma_next == 0.0
     last = points[-1]
-    assert torch.equal(euler(last.x, last.v_student.detach(), last.sigma, last.sigma_next), x)
-    assert torch.equal(sample(lambda x, sigma: (1 + sigma) * net(x), noise, sigma_grid(TURBO, 8)), x)
+    assert torch.equal(euler(last.x, last.v.detach(), last.sigma, last.sigma_next), x)
+    assert torch.equal(sample(lambda x, sigma: (1 + sigma) * net(x), noise, sigma_grid(SHIFT, 8)), x)
 
 
 def test_states_are_detached_and_float32():
     net = student().double()
     noise = torch.randn(1, 3, 4, 4, requires_grad=True)
-    for point in rollout(lambda x, sigma: net(x.double()), noise, sigma_grid(TURBO, 3)):
+    for point in rollout(lambda x, sigma: net(x.double()), noise, sigma_grid(SHIFT, 3)):
         assert isinstance(point, Point) and isinstance(point.sigma, float)
-        assert point.x.dtype == point.v_student.dtype == torch.float32
-        assert not point.x.requires_grad and point.v_student.requires_grad
+        assert point.x.dtype == point.v.dtype == torch.float32
+        assert not point.x.requires_grad and point.v.requires_grad
     with pytest.raises(AttributeError):
         point.sigma = 0.0
 
 
 def test_gradient_never_crosses_steps():
     noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(3))
-    grid = sigma_grid(TURBO, 3)
+    grid = sigma_grid(SHIFT, 3)
     net = student()
     for point in rollout(lambda x, sigma: net(x), noise, grid):
-        point.v_student.square().sum().backward()
+        point.v.square().sum().backward()
     ours = [p.grad.clone() for p in net.parameters()]
 
     net.zero_grad()
@@ -180,8 +183,8 @@ def test_one_graph_alive():
         return v
 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Saved(tensor, alive), lambda saved: saved.tensor):
-        for point in rollout(velocity, torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 4)):
-            point.v_student.square().mean().backward()
+        for point in rollout(velocity, torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 4)):
+            point.v.square().mean().backward()
     assert before == [0, 0, 0, 0]
     assert inside[0] > 0 and len(set(inside)) == 1
 
@@ -194,33 +197,41 @@ def test_generator_keeps_no_reference():
         seen.append(last is None or last() is None)
         return net(x)
 
-    points = rollout(velocity, torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 4))
+    points = rollout(velocity, torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 4))
     gc.disable()  # freed by reference count, not by luck of the collector
     try:
         for _ in range(4):
             point = next(points)
-            last = weakref.ref(point.v_student)
+            last = weakref.ref(point.v)
             point = None
     finally:
         gc.enable()
     assert seen == [True] * 4
 
 
-def test_a_point_can_be_left_along_another_velocity():
-    """The next state is x + (sigma' - sigma) v for the v that was followed, and the gradient stays at the student."""
-    net, noise, grid = student(), torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 3)
+def test_off_policy_walks_along_the_teachers_velocity():
+    """The next state is x + (sigma' - sigma) v for the teacher's v, and the gradient stays at the student."""
+    net, noise, grid = student(), torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 3)
+    visited, levels = [], torch.tensor(1.0, requires_grad=True)
+
+    def velocity(x, sigma):
+        visited.append(x)
+        assert not x.requires_grad
+        return net(x)
+
+    for loss in off_policy(velocity, noise, grid, lambda x, sigma: levels * torch.full_like(x, sigma),
+                           lambda point: 1.0, None, 0.0, torch.Generator()):
+        loss.backward()
     x = noise
-    for point in rollout(lambda x, sigma: net(x), noise, grid):
-        assert torch.allclose(point.x, x)
-        v = torch.full_like(x, point.sigma, requires_grad=True)
-        point.follow(v)
-        x = x + (point.sigma_next - point.sigma) * point.sigma
-        assert not point.x.requires_grad and point.v_student.requires_grad
+    for state, sigma, sigma_next in zip(visited, grid.tolist(), grid.tolist()[1:]):
+        assert torch.allclose(state, x)
+        x = x + (sigma_next - sigma) * sigma
+    assert len(visited) == 3 and levels.grad is None and all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.parametrize("learned", [{0}, {1, 3}, {0, 1, 2, 3}, set()])
 def test_states_that_are_not_learned_are_walked(learned):
-    net, noise, grid, graphs = student(), torch.randn(1, 3, 4, 4), sigma_grid(TURBO, 4), []
+    net, noise, grid, graphs = student(), torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 4), []
 
     def velocity(x, sigma):
         graphs.append(torch.is_grad_enabled())

@@ -10,12 +10,13 @@ from conftest import SCHEDULER
 from diffusers import ZImagePipeline
 from PIL import Image
 
-import encoder
 import model as zimage
 import sample
 from networks import vae
-from plumbing import pictures
+from plumbing import encoder_files, lora_files, pictures
+from plumbing.backbone import Backbone
 from plumbing.files import read_json
+from model import scheduler_shift
 from rollout import sigma_grid
 
 SIZES = [(32, 32), (24, 48)]  # height, width
@@ -142,11 +143,12 @@ def test_reference_draws_from_the_image_text_context(ours, checkpoint, photos, a
     words = ("--prompt", "a red star", "--steps", 3, "--seed", 2, *flags)
     mine = ours(*words, "--reference", photos / "1.png", size=(24, 48))
     picture = pictures.crop(pictures.open_image(photos / "1.png"), (24, 48))
-    reader = encoder.load(checkpoint, "cpu", torch.float32, checkpoint / "vlm", None, "vlm")
+    reader = encoder_files.load(checkpoint, "cpu", torch.float32, checkpoint / "vlm", None, "vlm")
     context = reader.image_text_context(["a red star"], [picture])
-    net = zimage.load(checkpoint, "cpu", torch.float32)
-    adapter = sample.lora.load(adapter_file, net) if with_lora else None
-    x, sigmas = torch.randn(1, 8, 6, 12, generator=torch.Generator().manual_seed(2)), sigma_grid(SCHEDULER, 3).tolist()
+    net = zimage.Z_IMAGE.load(checkpoint, "cpu", torch.float32)
+    adapter = lora_files.load(adapter_file, net) if with_lora else None
+    x = torch.randn(1, 8, 6, 12, generator=torch.Generator().manual_seed(2))
+    sigmas = sigma_grid(scheduler_shift(SCHEDULER), 3).tolist()
     with torch.no_grad():
         for sigma, following in zip(sigmas, sigmas[1:]):
             x = x + (following - sigma) * net.velocity(x, sigma, context, adapter)
@@ -177,7 +179,7 @@ def test_teacher_rope_is_passed_on(ours, photos, copied):
 
 def test_the_encoders_are_gone_before_the_transformer_comes(ours, monkeypatch, photos):
     alive = []
-    loaded = encoder.load
+    loaded = encoder_files.load
 
     def load_encoder(*args, **kwargs):
         reader = loaded(*args, **kwargs)
@@ -185,13 +187,13 @@ def test_the_encoders_are_gone_before_the_transformer_comes(ours, monkeypatch, p
         alive.append(weakref.ref(reader.vlm))
         return reader
 
-    def load_transformer(*args, load=zimage.load, **kwargs):
+    def load_transformer(*args, load=Backbone.load, **kwargs):
         gc.collect()
         assert len(alive) == 2 and all(ref() is None for ref in alive)
         alive.append(None)
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(encoder, "load", load_encoder)
-    monkeypatch.setattr(zimage, "load", load_transformer)
+    monkeypatch.setattr(encoder_files, "load", load_encoder)
+    monkeypatch.setattr(Backbone, "load", load_transformer)
     ours("--prompt", "a red star", "--steps", 1, "--reference", photos / "0.png")
     assert len(alive) == 3

@@ -7,7 +7,7 @@ import torch
 from plumbing.files import InputError
 from rollout import euler, rollout, sample, sigma_grid, transition
 
-TURBO = {"shift": 3.0}
+SHIFT = 3.0
 STEPS = [(1.0, 0.9), (1.0, 0.97), (0.9, 0.75), (0.5, 0.0), (0.3, 0.3)]
 
 
@@ -107,7 +107,7 @@ def test_first_step_as_published_overshoots(noise):
 def test_samples_have_the_propagated_moments(noise):
     """Many particles from pure noise: eps is drawn once per step, independent of x and with the right scale."""
     velocity, moments = gaussian(1.5, 0.4)
-    grid, n = sigma_grid({"shift": 1.0}, 20), 160000
+    grid, n = sigma_grid(1.0, 20), 160000
     samples = sample(velocity, draw(5, 1, 1, 400, 400), grid, noise, torch.Generator().manual_seed(6))
     mean, variance = propagate(velocity, 0.0, 1.0, grid.tolist(), noise)[-1]
     assert float(samples.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
@@ -118,26 +118,23 @@ def test_samples_have_the_propagated_moments(noise):
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_rollout_with_noise_is_this_loop(off_policy):
     """eps from the generator, one like x per step, also when another velocity is followed; sample goes the same way."""
-    net, x, grid, rng = student(), draw(0, 1, 3, 4, 4), sigma_grid(TURBO, 4), torch.Generator().manual_seed(7)
+    net, x, grid, rng = student(), draw(0, 1, 3, 4, 4), sigma_grid(SHIFT, 4), torch.Generator().manual_seed(7)
     start, count = x, 0
-    for point in rollout(lambda x, sigma: net(x), x, grid, None, 0.7, torch.Generator().manual_seed(7)):
-        assert torch.equal(point.x, x) and point.noise == 0.7 and not point.x.requires_grad
-        v = point.v_student.detach()
-        if off_policy:
-            v = torch.full_like(x, point.sigma)
-            point.follow(v)
-        mean, std = transition(x, v, point.sigma, point.sigma_next, 0.7)
-        x, count = mean + std * torch.randn(x.shape, generator=rng), count + 1
-    assert count == 4
 
     def velocity(x, sigma):
         return torch.full_like(x, sigma) if off_policy else net(x)
 
+    for point in rollout(velocity, x, grid, None, 0.7, torch.Generator().manual_seed(7)):
+        assert torch.equal(point.x, x) and point.noise == 0.7 and not point.x.requires_grad
+        v = torch.full_like(x, point.sigma) if off_policy else point.v.detach()
+        mean, std = transition(x, v, point.sigma, point.sigma_next, 0.7)
+        x, count = mean + std * torch.randn(x.shape, generator=rng), count + 1
+    assert count == 4
     assert torch.equal(sample(velocity, start, grid, 0.7, torch.Generator().manual_seed(7)), x)
 
 
 def test_path_is_a_function_of_the_seed():
-    net, grid = student(), sigma_grid(TURBO, 4)
+    net, grid = student(), sigma_grid(SHIFT, 4)
 
     def path(noise: float, rng: torch.Generator | None) -> torch.Tensor:
         points = rollout(lambda x, sigma: net(x), draw(0, 1, 3, 4, 4), grid, noise=noise, rng=rng)
@@ -157,7 +154,7 @@ def test_path_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize("learned", [{0}, {1, 3}, {2}, set()])
 def test_noisy_path_does_not_depend_on_what_is_learned(learned):
-    net, grid, rngs = student(), sigma_grid(TURBO, 4), [torch.Generator().manual_seed(8) for _ in range(2)]
+    net, grid, rngs = student(), sigma_grid(SHIFT, 4), [torch.Generator().manual_seed(8) for _ in range(2)]
     every = list(rollout(lambda x, sigma: net(x), draw(0, 1, 3, 4, 4), grid, None, 0.7, rngs[0]))
     some = list(rollout(lambda x, sigma: net(x), draw(0, 1, 3, 4, 4), grid, learned, 0.7, rngs[1]))
     assert len(some) == len(learned)
@@ -167,7 +164,7 @@ def test_noisy_path_does_not_depend_on_what_is_learned(learned):
 
 
 def test_wrong_noise_is_refused():
-    x, grid, rng = draw(0), sigma_grid(TURBO, 2), torch.Generator()
+    x, grid, rng = draw(0), sigma_grid(SHIFT, 2), torch.Generator()
     for noise in (-0.1, math.nan, math.inf):
         for call in (lambda: transition(x, x, 0.5, 0.3, noise), lambda: sample(lambda x, _: x, x, grid, noise, rng),
                      lambda: list(rollout(lambda x, _: x, x, grid, None, noise, rng)),

@@ -39,12 +39,12 @@ def two(photos, captions, teachers) -> tuple:
 
 def loss_of(parts, task, rng, K: int, kind: str, a: float) -> torch.Tensor:
     """One task's loss as one graph: both sides read the prompt, the student walks with noise a."""
-    batch, sigmas = task.dataset.batch(0), sigma_grid(SCHEDULER, K).tolist()
+    batch, sigmas = task.dataset.batch(0), sigma_grid(SCHEDULER["shift"], K).tolist()
     x, terms = torch.randn(batch.latents.shape, generator=rng), []
     torch.randperm(K, generator=rng)                                                # which states are learned: all
     for sigma, following in zip(sigmas, sigmas[1:]):
-        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.student)
-        goal = parts.model.velocity(x, sigma, batch.student_context, task.teacher).detach()
+        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
+        goal = parts.model.velocity(x, sigma, batch.student_context, task.adapter).detach()
         d, below = following - sigma, following if sigma == 1 else sigma
         g = a * (sigma / (1 - below)) ** .5
         means = [(1 + g * g * d / (2 * sigma)) * x + (1 + g * g * (1 - sigma) / (2 * sigma)) * u * d for u in (v, goal)]
@@ -63,18 +63,18 @@ def loss_of(parts, task, rng, K: int, kind: str, a: float) -> torch.Tensor:
 @pytest.mark.parametrize("kind, a", [("v", 0.0), ("kl", 0.0), ("kl", 0.7), ("v", 0.3)])
 def test_a_round_is_the_mean_over_tasks(prepare, photos, captions, teachers, kind, a):
     parts = prepare(*two(photos, captions, teachers), "--loss", kind, "--noise", a, "--rollout-steps", 3)
-    fill_b(parts.run.student, seed=5)
+    fill_b(parts.run.tuned.theta, seed=5)
     assert [task.name for task in parts.tasks] == ["photos", "captions"]
-    losses = train.gradient_of_step(parts.cfg, parts.model, parts.run, parts.tasks, parts.shift_of)
-    ours = {name: tensor.grad.clone() for name, tensor in parts.run.parameters.items()}
-    for tensor in parts.run.parameters.values():
+    losses = train.gradient_of_step(parts.cfg, parts.run, parts.tasks, parts.shift_of)
+    ours = {name: tensor.grad.clone() for name, tensor in parts.run.tuned.parameters().items()}
+    for tensor in parts.run.tuned.parameters().values():
         tensor.grad = None
     seed = parts.cfg.seed
     rngs = [data.generator(seed, "noise", 0), data.generator(seed, "noise", 0, 1)]
     theirs = [loss_of(parts, task, rng, 3, kind, a) for task, rng in zip(parts.tasks, rngs)]
     assert list(losses.values()) == pytest.approx([loss.item() for loss in theirs], rel=1e-4)
     (sum(theirs) / 2).backward()
-    for name, tensor in parts.run.parameters.items():
+    for name, tensor in parts.run.tuned.parameters().items():
         torch.testing.assert_close(ours[name], tensor.grad, rtol=1e-3, atol=1e-5 * float(tensor.grad.abs().max()))
 
 
@@ -108,23 +108,26 @@ def test_resume_with_noise_and_teachers_is_the_same_run(run, photos, captions, t
 def test_an_image_teacher_beside_an_adapter(prepare, photos, captions, teachers):
     parts = prepare("--data", photos, captions, "--teacher-lora", "image", teachers[1])
     first, second = parts.tasks
-    assert first.teacher is None and second.teacher.rank == 2
-    assert len(first.dataset.batch(0).teacher_context) == 2 and second.dataset.batch(0).teacher_context == []
-    sides = train.Sides(parts.run, parts.model, second.dataset.batch(0), second.teacher)
-    assert sides.teacher_adapter is second.teacher and sides.teacher_context is sides.student_context
+    assert first.adapter is None and second.adapter.rank == 2
+    batch = second.dataset.batch(0)
+    assert len(first.dataset.batch(0).teacher_context) == 2 and batch.teacher_context == []
+    given = train.bind(parts.cfg, parts.run.tuned, second, 0, parts.shift_of)
+    expected = parts.model.velocity(given["x"], 0.9, batch.student_context, second.adapter)
+    assert torch.equal(given["teacher"](given["x"], 0.9), expected)
+    assert not torch.allclose(expected, parts.model.velocity(given["x"], 0.9, batch.student_context))
 
 
 def test_the_untuned_model_as_a_teacher(prepare, photos, captions):
     parts = prepare("--data", photos, captions, "--teacher-lora", "image", "base", "--loss", "v", "--rollout-steps", 2)
     first, second = parts.tasks
-    fill_b(parts.run.student, seed=5)
-    batch, (start, _, _) = second.dataset.batch(0), sigma_grid(SCHEDULER, 2).tolist()
-    sides = train.Sides(parts.run, parts.model, batch, second.teacher)
+    fill_b(parts.run.tuned.theta, seed=5)
+    batch, (start, _, _) = second.dataset.batch(0), sigma_grid(SCHEDULER["shift"], 2).tolist()
+    given = train.bind(parts.cfg, parts.run.tuned, second, 0, parts.shift_of)
     x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
     untuned = parts.model.velocity(x, start, batch.student_context)
-    assert first.teacher is None and torch.equal(sides.teacher(x, start), untuned)
-    assert not torch.allclose(sides.student(x, start), untuned)
-    losses = train.gradient_of_step(parts.cfg, parts.model, parts.run, [second], parts.shift_of)
+    assert first.adapter is None and torch.equal(given["teacher"](x, start), untuned)
+    assert not torch.allclose(given["student"](x, start), untuned)
+    losses = train.gradient_of_step(parts.cfg, parts.run, [second], parts.shift_of)
     assert losses["captions"] > 0                                       # it pulls the student back
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 import encoder
 import model as transformer
 from networks import vae as autoencoder
+from plumbing import encoder_files
 from plumbing.files import read_json
+from model import scheduler_shift
 from rollout import sample, sigma_grid
 from tiny import evaluate
 from tiny.making import pretrain, vlm
@@ -47,12 +49,12 @@ def features() -> vlm.Features:
 
 @pytest.fixture(scope="module")
 def encoders() -> encoder.Encoder:
-    return encoder.load(MODEL, "cpu", torch.float32, vlm=MODEL / "vlm")
+    return encoder_files.load(MODEL, "cpu", torch.float32, vlm=MODEL / "vlm")
 
 
 @pytest.fixture(scope="module")
 def net() -> transformer.ZImageTransformer:
-    return transformer.load(MODEL, "cpu", torch.float32)
+    return transformer.Z_IMAGE.load(MODEL, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_the_model_before_distillation_is_the_same_network():
     theirs = json.loads((BASE / "transformer" / "config.json").read_text())
     assert theirs == json.loads((MODEL / "transformer" / "config.json").read_text())
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 6e6
-    assert transformer.load(BASE, "cpu", torch.float32)
+    assert transformer.Z_IMAGE.load(BASE, "cpu", torch.float32)
 
 
 # -------------------------------------------------------------------------------------------- the contexts of training
@@ -154,7 +156,7 @@ def test_diffusers_draws_the_same_pictures(net, vae, encoders):
     theirs = pipeline(list(PROMPTS), height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
                       latents=noise.clone(), output_type="pt").images                  # in [0, 1]; writes into its list
     context = encoders.text_context(PROMPTS)
-    sigmas = sigma_grid(read_json(MODEL / "scheduler" / "scheduler_config.json"), 4)
+    sigmas = sigma_grid(scheduler_shift(read_json(MODEL / "scheduler" / "scheduler_config.json")), 4)
     with torch.no_grad():
         ours = vae.decode(sample(lambda x, sigma: net.velocity(x, sigma, context), noise, sigmas))
     torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-3, rtol=0)

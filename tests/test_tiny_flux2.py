@@ -51,7 +51,7 @@ def test_the_model_before_distillation_is_the_same_network():
     configs = [json.loads((folder / "transformer" / "config.json").read_text()) for folder in (MODEL, BASE)]
     assert configs[0] == configs[1] == klein.CONFIG
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 6e6
-    assert flux2.load(BASE, "cpu", torch.float32)
+    assert flux2.KLEIN.load(BASE, "cpu", torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -67,7 +67,7 @@ def test_diffusers_draws_the_same_pictures(judge):
         context = (judge.features.contexts([prompt]) if image is None
                    else judge.features.edits([prompt], judge.vae.encode(rounded)))
         theirs = pipeline(prompt=prompt, image=image, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
-                          latents=flux2.pack(noise).transpose(1, 2).unflatten(2, (8, 8)),
+                          latents=flux2.to_tokens(noise).transpose(1, 2).unflatten(2, (8, 8)),
                           max_sequence_length=klein.TOKENS, text_encoder_out_layers=(1, 2, 3), output_type="pt").images
         ours = judge.draw(context, noise)
         torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-3, rtol=0)

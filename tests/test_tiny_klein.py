@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 import encoder
 from model import Context
 from networks import flux2
+from networks.flux2 import KLEIN
+from plumbing import encoder_files
 from plumbing.checkpoints import EMBEDDED, backbone_of, recipe_of
 from plumbing.recipes import SMALL_KLEIN
 from rollout import shifted
@@ -35,7 +37,7 @@ def test_the_parts_load_in_other_programs(tiny_klein):
     embeds = Flux2KleinPipeline._get_qwen3_prompt_embeds(text, tokenizer, ["a red star"],
                                                          max_sequence_length=klein.TOKENS,
                                                          hidden_states_layers=[1, 2, 3])
-    ours = encoder.load(tiny_klein, "cpu", torch.float32, vlm=tiny_klein / "vlm").text_context(["a red star"])[0]
+    ours = encoder_files.load(tiny_klein, "cpu", torch.float32, vlm=tiny_klein / "vlm").text_context(["a red star"])[0]
     torch.testing.assert_close(ours, embeds[0], rtol=1e-4, atol=1e-4)
 
 
@@ -53,7 +55,7 @@ def test_hidden_states_are_only_scaled(tiny_klein, tmp_path, monkeypatch):
     factor = klein.RESIDUAL
     monkeypatch.setattr(klein, "RESIDUAL", 1.0)
     klein.assemble(EMBEDDED, tmp_path, pictures=64)
-    large, small = (encoder.load(path, "cpu", torch.float32, path / "vlm") for path in (tmp_path, tiny_klein))
+    large, small = (encoder_files.load(path, "cpu", torch.float32, path / "vlm") for path in (tmp_path, tiny_klein))
     g = generator(1, 0)
     prompts, picture = ["a big striped orange and blue star"], to_pil(Renderer().draw(draw_scenes(1, g), g)[0])
     for contexts in (lambda reader: reader.text_context(prompts),
@@ -64,7 +66,7 @@ def test_hidden_states_are_only_scaled(tiny_klein, tmp_path, monkeypatch):
 
 def test_latents_are_normalised(features):
     g, render = generator(3, 0), Renderer()
-    packed = flux2.pack(features.vae.encode(render.draw(draw_scenes(64, g), g)))
+    packed = flux2.to_tokens(features.vae.encode(render.draw(draw_scenes(64, g), g)))
     assert packed.mean((0, 1)).abs().max() < .4 and .5 < packed.std((0, 1)).min() and packed.std((0, 1)).max() < 1.6
 
 
@@ -88,7 +90,7 @@ def test_no_prompt_is_cut(features):
     longest = "a small striped orange and purple triangle in the middle on mint in [V] style"
     for prompt in (encoder.reference_prompt(longest, 0),
                    encoder.reference_prompt("make it a striped orange and purple triangle", 1)):
-        assert len(features.ids(encoder.text_prompt(prompt, encoder.KLEIN.thought))) <= klein.TOKENS
+        assert len(features.ids(encoder.text_prompt(prompt, KLEIN.text_style.thought))) <= klein.TOKENS
 
 
 # ------------------------------------------------------------------------------------------------------- edits

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from encoder import image_text_prompt, text_prompt
+from model import scheduler_shift
 from rollout import sigma_grid
 from tiny.making import distill, pretrain, stage, train_vlm, vlm
 from tiny.making.stage import Stage
@@ -329,7 +330,7 @@ def test_noise_levels_follow_the_samplers_time():
 def test_a_segment_of_a_straight_line_is_crossed_exactly(k):
     """v = (x - x0) / sigma points along the line from eps to x0, so any number of Euler steps ends on the line."""
     x0, eps = torch.randn(2, 2, 3, 4, 4, generator=seeded(7))
-    sigmas = sigma_grid(pretrain.SCHEDULER, 4)
+    sigmas = sigma_grid(scheduler_shift(pretrain.SCHEDULER), 4)
     seen: list[float] = []
 
     def teacher(x: Tensor, sigma: float) -> Tensor:
@@ -347,8 +348,8 @@ def test_the_teachers_substeps_are_those_of_the_sampler():
     seen: list[float] = []
     for k in range(4):
         distill.cross(lambda x, sigma: seen.append(sigma) or x, torch.zeros(1, 1, 1, 1), k)
-    assert seen[:6] == pytest.approx(sigma_grid(pretrain.SCHEDULER, 8)[:6].tolist())
-    assert seen[6:] == pytest.approx(sigma_grid(pretrain.SCHEDULER, 24)[18:-1].tolist())
+    assert seen[:6] == pytest.approx(sigma_grid(scheduler_shift(pretrain.SCHEDULER), 8)[:6].tolist())
+    assert seen[6:] == pytest.approx(sigma_grid(scheduler_shift(pretrain.SCHEDULER), 24)[18:-1].tolist())
 
 
 def test_muon_gets_attention_and_feed_forward_only():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, metrics, write_pictures
+from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, learn, metrics, on_each_loss, write_pictures
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -20,14 +20,13 @@ from test_model import their_velocity
 from test_sample import difference, pixels, tiles
 
 import data
-import encoder
-import lora
-import loss as objectives
 import model as zimage
 import sample
 import train
 from networks import vae
-from plumbing import pictures, recipes
+from plumbing import encoder_files, lora_files, pictures, recipes
+from baselines import draw_sigma
+from plumbing.backbone import Backbone
 from rollout import sigma_grid
 
 STATE = "state.safetensors"
@@ -40,7 +39,7 @@ def noise_of(batch: data.Batch, seed: int, number: int) -> torch.Tensor:
 
 def equation_7(student, teacher, batch, x, steps: int, kind: str) -> torch.Tensor:
     """The loss as one graph through all states, which are constants. student, teacher: (x, sigma, context) -> v."""
-    sigmas, terms = sigma_grid(SCHEDULER, steps).tolist(), []
+    sigmas, terms = sigma_grid(SCHEDULER["shift"], steps).tolist(), []
     for sigma, following in zip(sigmas, sigmas[1:]):
         v, goal = student(x, sigma, batch.student_context), teacher(x, sigma, batch.teacher_context).detach()
         a, b = (v, goal) if kind == "v" else (x - sigma * v, x - sigma * goal)
@@ -71,10 +70,9 @@ def test_first_loss_is_equation_7(run, prepare, kind, accumulate, steps):
 def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpointing):
     parts = prepare("--rollout-steps", 4, "--loss", kind, checkpointing)
     assert parts.model.checkpointing == (checkpointing == "--checkpointing")
-    student, teacher = fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
-    batch, sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER, 4)
-    sides = train.Sides(parts.run, parts.model, batch)
-    value = train.dopsd_step(parts.cfg, sides, sigmas, data.generator(0, "noise", 0))
+    student, teacher = fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
+    batch = parts.dataset.batch(0)
+    value = learn(parts)
     parts.model.checkpointing = False
     whole = equation_7(with_adapter(parts.model, student), with_adapter(parts.model, teacher), batch,
                        noise_of(batch, 0, 0), 4, kind)
@@ -88,7 +86,7 @@ def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpo
 
 def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
     parts = prepare()
-    adapters = {"student": fill_b(parts.run.student, seed=1), "teacher": fill_b(parts.run.teacher, seed=2)}
+    adapters = {"student": fill_b(parts.run.tuned.theta, seed=1), "teacher": fill_b(parts.run.tuned.theta_bar, seed=2)}
     config = LoraConfig(r=3, lora_alpha=6, target_modules=list(zimage.LORA_TARGETS))
     theirs = ZImageTransformer2DModel.from_pretrained(checkpoint / "transformer").requires_grad_(False)
     theirs = get_peft_model(theirs, config, adapter_name="student")
@@ -107,8 +105,7 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
         return call
 
     batch = parts.dataset.batch(0)
-    value = train.dopsd_step(parts.cfg, train.Sides(parts.run, parts.model, batch), sigma_grid(SCHEDULER, 2),
-                             data.generator(0, "noise", 0))
+    value = learn(parts)
     whole = equation_7(velocity("student"), velocity("teacher"), batch, noise_of(batch, 0, 0), 2, "v")
     theirs.set_adapter("student")
     whole.backward()
@@ -129,12 +126,12 @@ def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
         sigma = 3 * u / (1 + 2 * u)                                                 # the scheduler's shift is 3
         s = sigma.view(-1, 1, 1, 1)
         x = (1 - s) * batch.latents + s * eps
-        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.student)
+        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
         losses.append(((v - (eps - batch.latents)) ** 2).mean())
     mean = sum(losses) / accumulate
     line, = metrics(run("real", *flags))
     assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
-    gradient = torch.autograd.grad(mean, parts.run.student.parameters())
+    gradient = torch.autograd.grad(mean, parts.run.tuned.theta.parameters())
     assert line["gradient_norm"] == pytest.approx(norm_of(gradient), rel=1e-4)
 
 
@@ -144,9 +141,8 @@ def filled(prepare):
     """filled(flags, ...) -> parts with a student and a teacher that are not the base, the first batch, its noise."""
     def start(*flags) -> SimpleNamespace:
         parts = prepare(*flags)
-        fill_b(parts.run.student, seed=1), fill_b(parts.run.teacher, seed=2)
-        parts.batch, parts.rng = parts.dataset.batch(0), data.generator(0, "noise", 0)
-        parts.sides, parts.sigmas = train.Sides(parts.run, parts.model, parts.batch), sigma_grid(SCHEDULER, 2)
+        fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
+        parts.batch, parts.sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER["shift"], 2)
         return parts
     return start
 
@@ -154,16 +150,16 @@ def filled(prepare):
 def agrees(value: float, parts, expected: torch.Tensor) -> None:
     """A step returned the loss and left the gradient of `expected`."""
     assert value == pytest.approx(expected.item(), rel=1e-4)
-    gradients = torch.autograd.grad(expected, parts.run.student.parameters())
-    for tensor, gradient in zip(parts.run.student.parameters(), gradients):
+    gradients = torch.autograd.grad(expected, parts.run.tuned.theta.parameters())
+    for tensor, gradient in zip(parts.run.tuned.theta.parameters(), gradients):
         assert torch.allclose(tensor.grad, gradient, rtol=1e-3, atol=1e-6) and gradient.abs().max() > 1e-4
 
 
 def test_off_policy_compares_at_the_teachers_states(filled):
     parts = filled("--method", "off-policy")
-    value = train.dopsd_step(parts.cfg, parts.sides, parts.sigmas, parts.rng)
+    value = learn(parts)
     x, terms = noise_of(parts.batch, 0, 0), []
-    student, teacher = (with_adapter(parts.model, side) for side in (parts.run.student, parts.run.teacher))
+    student, teacher = (with_adapter(parts.model, side) for side in (parts.run.tuned.theta, parts.run.tuned.theta_bar))
     for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
         goal = teacher(x, sigma, parts.batch.teacher_context).detach()
         terms.append(((student(x, sigma, parts.batch.student_context) - goal) ** 2).mean())
@@ -173,32 +169,33 @@ def test_off_policy_compares_at_the_teachers_states(filled):
 
 def test_sft_teacher_learns_from_the_teachers_pictures(filled):
     parts = filled("--method", "sft-teacher")
-    value = train.sft_step(parts.cfg, parts.sides, parts.sigmas, 3.0, parts.rng)
+    value = learn(parts)
     rng, x = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
     torch.randn(x.shape, generator=rng)
     for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        v = parts.model.velocity(x, sigma, parts.batch.teacher_context, parts.run.teacher)
+        v = parts.model.velocity(x, sigma, parts.batch.teacher_context, parts.run.tuned.theta_bar)
         x = (x + (following - sigma) * v).detach()
     eps = torch.randn(x.shape, generator=rng)
-    sigma = objectives.draw_sigma(rng, 3.0, len(x))
+    sigma = draw_sigma(rng, 3.0, len(x))
     s = sigma.view(-1, 1, 1, 1)
-    v = parts.model.velocity((1 - s) * x + s * eps, sigma, parts.batch.student_context, parts.run.student)
+    v = parts.model.velocity((1 - s) * x + s * eps, sigma, parts.batch.student_context, parts.run.tuned.theta)
     agrees(value, parts, ((v - (eps - x)) ** 2).mean())
 
 
 def test_pso_prefers_the_target_to_an_own_sample(filled):
     parts = filled("--method", "pso", "--beta", 3)
-    value = train.pso_step(parts.cfg, parts.sides, parts.sigmas, parts.rng)
+    value = learn(parts)
     rng, own = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
     torch.randn(own.shape, generator=rng)
     k = torch.randint(2, (len(own),), generator=rng)
     eps, sigma = torch.randn(own.shape, generator=rng), parts.sigmas[k]
     for at, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        own = (own + (following - at) * parts.model.velocity(own, at, parts.batch.student_context, parts.run.student))
+        v = parts.model.velocity(own, at, parts.batch.student_context, parts.run.tuned.theta)
+        own = own + (following - at) * v
         own = own.detach()
     s, errors = sigma.view(-1, 1, 1, 1), {}
     for name, x0 in (("win", parts.batch.latents), ("lose", own)):
-        for adapter in (None, parts.run.student):
+        for adapter in (None, parts.run.tuned.theta):
             v = parts.model.velocity((1 - s) * x0 + s * eps, sigma, parts.batch.student_context, adapter)
             errors[name, adapter is None] = ((v - (eps - x0)) ** 2).flatten(1).mean(1)
     margin = (errors["win", True] - errors["lose", True]) - (errors["win", False] - errors["lose", False])
@@ -209,20 +206,19 @@ def test_pso_prefers_the_target_to_an_own_sample(filled):
 def test_learned_states_are_unbiased(filled, grad_states):
     """A loss is the mean over a subset of the states; over all subsets these average to Eq. 7, and all are drawn."""
     parts = filled("--rollout-steps", 3, "--grad-states", grad_states)
-    sigmas, batch = sigma_grid(SCHEDULER, 3), parts.batch
+    sigmas, batch = sigma_grid(SCHEDULER["shift"], 3), parts.batch
     terms, x = [], noise_of(batch, 0, 0)
     for sigma, following in zip(sigmas.tolist(), sigmas.tolist()[1:]):
-        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.student)
-        goal = parts.model.velocity(x, sigma, batch.teacher_context, parts.run.teacher).detach()
+        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
+        goal = parts.model.velocity(x, sigma, batch.teacher_context, parts.run.tuned.theta_bar).detach()
         terms.append(((v - goal) ** 2).mean())
         x = (x + (following - sigma) * v).detach()
     subsets = [set(s) for s in itertools.combinations(range(3), grad_states)]
     means = [sum(terms[k] for k in subset).item() / grad_states for subset in subsets]
     assert sum(means) / len(means) == pytest.approx(sum(terms).item() / 3, rel=1e-5)
     seen = set()
-    parts.sides.noise = lambda _: noise_of(batch, 0, 0)                             # so that the states alone differ
-    for seed in range(12):
-        value = train.dopsd_step(parts.cfg, parts.sides, sigmas, torch.Generator().manual_seed(seed))
+    for seed in range(12):                                                          # the states alone differ
+        value = learn(parts, rng=torch.Generator().manual_seed(seed))
         drawn = [i for i, mean in enumerate(means) if value == pytest.approx(mean, rel=1e-4)]
         assert len(drawn) == 1
         seen |= set(drawn)
@@ -231,7 +227,7 @@ def test_learned_states_are_unbiased(filled, grad_states):
 
 @pytest.mark.parametrize("teacher, equal", [("copy", "student"), ("base", "start"), ("ema", None)])
 def test_teachers(run, prepare, teacher, equal):
-    start = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    start = {name: tensor.detach().clone() for name, tensor in prepare().run.tuned.theta.tensors().items()}
     state = load_file(run("real", "--steps", 2, "--teacher", teacher) / STATE)
     same = {"student": all(torch.equal(state[f"teacher.{name}"], state[f"student.{name}"]) for name in start),
             "start": all(torch.equal(state[f"teacher.{name}"], tensor) for name, tensor in start.items())}
@@ -244,7 +240,7 @@ def test_every_method_trains_and_resumes(run, method):
     run("parts", "--method", method, "--steps", 1)
     parts = run("parts", "--method", method, "--steps", 3, "--resume")
     assert metrics(whole) == metrics(parts)
-    assert (whole / "teacher.safetensors").exists() == train.METHODS[method]
+    assert (whole / "teacher.safetensors").exists() == train.METHODS[method].has_teacher
 
 
 # ---------------------------------------------------------------------------------------------------- the update
@@ -256,12 +252,12 @@ def norm_of(gradients) -> float:
 def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
     flags = ("--accumulate", accumulate, "--alpha", 60)                              # so large that it is clipped
     parts, losses = prepare(*flags), []
-    before = {name: tensor.detach().clone() for name, tensor in parts.run.student.tensors().items()}
+    before = {name: tensor.detach().clone() for name, tensor in parts.run.tuned.theta.tensors().items()}
     for number in range(accumulate):
         batch = parts.dataset.batch(number)
-        losses.append(equation_7(with_adapter(parts.model, parts.run.student), with_adapter(parts.model, None), batch,
-                                 noise_of(batch, 0, number), 2, "v"))
-    gradients = torch.autograd.grad(sum(losses) / accumulate, parts.run.student.parameters())
+        student, teacher = (with_adapter(parts.model, adapter) for adapter in (parts.run.tuned.theta, None))
+        losses.append(equation_7(student, teacher, batch, noise_of(batch, 0, number), 2, "v"))
+    gradients = torch.autograd.grad(sum(losses) / accumulate, parts.run.tuned.theta.parameters())
     norm = norm_of(gradients)
     out = run("real", "--steps", 1, *flags)
     assert metrics(out)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1
@@ -276,7 +272,7 @@ def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
 
 
 def test_teacher_is_the_closed_form_of_the_students(run, prepare):
-    first = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    first = {name: tensor.detach().clone() for name, tensor in prepare().run.tuned.theta.tensors().items()}
     states = [load_file(run(f"steps{n}", "--steps", n) / STATE) for n in (1, 2, 3, 4)]
     for name, start in first.items():
         students = [state[f"student.{name}"].double() for state in states]
@@ -289,7 +285,7 @@ def test_teacher_is_the_closed_form_of_the_students(run, prepare):
 
 @pytest.mark.parametrize("ema, equal", [(0, "student"), (1, "start")])
 def test_ends_of_the_ema_range(run, prepare, ema, equal):
-    start = {name: tensor.detach().clone() for name, tensor in prepare().run.student.tensors().items()}
+    start = {name: tensor.detach().clone() for name, tensor in prepare().run.tuned.theta.tensors().items()}
     state = load_file(run("real", "--steps", 2, "--ema", ema) / STATE)
     for name, tensor in start.items():
         assert torch.equal(state[f"teacher.{name}"], tensor if equal == "start" else state[f"student.{name}"])
@@ -324,10 +320,10 @@ def test_what_a_run_leaves_behind(run, capsys, checkpoint):
     shown = capsys.readouterr().out
     for word in (str(checkpoint), "cpu", "float32", "embedded model", "3 of 32x32", "0 -> 3", "LoRA parameters"):
         assert word in shown
-    net = zimage.load(checkpoint, "cpu", torch.float32)
+    net = zimage.Z_IMAGE.load(checkpoint, "cpu", torch.float32)
     state = load_file(out / STATE)
     for side in ("student", "teacher"):
-        merged = lora.load(out / f"{side}.safetensors", net)
+        merged = lora_files.load(out / f"{side}.safetensors", net)
         for name, (A, B) in merged.weights.items():
             assert torch.equal(A, state[f"{side}.{name}.A"])
             assert torch.allclose(B, 2 * state[f"{side}.{name}.B"])                  # alpha / rank is 2
@@ -349,9 +345,9 @@ def test_out_defaults_to_the_name_of_the_data(base, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- panels
 def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
-    present, loss = [], objectives.dopsd
+    present = []
     panel = tmp_path / "real" / "samples" / "step_000000.png"
-    monkeypatch.setattr(objectives, "dopsd", lambda *args: present.append(panel.is_file()) or loss(*args))
+    on_each_loss(monkeypatch, lambda loss: present.append(panel.is_file()) or loss)
     run("real", "--steps", 1, "--sample-every", 1)
     assert present == [True, True]
 
@@ -420,8 +416,8 @@ def test_models_are_freed_before_the_transformer_comes(run, tmp_path, monkeypatc
         monkeypatch.setattr(module, "load", wrapper)
 
     watched(vae, lambda found: [found])
-    watched(encoder, lambda found: [found.text, found.vlm, found])
-    watched(zimage, lambda found: [])
+    watched(encoder_files, lambda found: [found.text, found.vlm, found])
+    watched(Backbone, lambda found: [])
     run("real", "--steps", 1, "--cache", tmp_path / "new")
     assert len(alive) == 4
 
@@ -435,7 +431,7 @@ def test_second_start_loads_neither_vae_nor_encoder(run, tmp_path, monkeypatch):
         raise AssertionError("loaded again")
 
     monkeypatch.setattr(vae, "load", refuse)
-    monkeypatch.setattr(encoder, "load", refuse)
+    monkeypatch.setattr(encoder_files, "load", refuse)
     second = run("second", *cache)
     assert metrics(first) == metrics(second)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}

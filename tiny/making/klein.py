@@ -34,20 +34,8 @@ from tiny.making.stage import generator
 from tiny.making.train_vlm import draw_concepts, glance, other_view
 from tiny.making.vlm import WIDTH
 from tiny.metrics import OBJECT
-from tiny.world import (
-    ATTRIBUTES,
-    COLUMN,
-    PLACE_TOLD,
-    SIDE,
-    Renderer,
-    caption,
-    draw_marks,
-    draw_scenes,
-    held_out_object,
-    random_prompts,
-    random_tell,
-    words,
-)
+from tiny.world import (ATTRIBUTES, COLUMN, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
+                        held_out_object, random_prompts, random_tell, words)
 
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,

@@ -13,17 +13,8 @@ from pathlib import Path
 import torch
 
 from tiny.making.stage import generator
-from tiny.world import (
-    Renderer,
-    caption,
-    draw_marks,
-    draw_scenes,
-    held_out_object,
-    held_out_style,
-    random_tell,
-    scene,
-    to_pil,
-)
+from tiny.world import (Renderer, caption, draw_marks, draw_scenes, held_out_object, held_out_style, random_tell,
+                        scene, to_pil)
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),

@@ -1,0 +1,122 @@
+"""What the paper compares D-OPSD with (arXiv 2605.05204, tables and ablation (a)): each a generator of losses.
+
+    off-policy    the teacher's states, the teacher's velocities
+    sft           flow matching on the target images: vanilla fine-tuning
+    sft-teacher   flow matching on pictures that the teacher samples
+    pso           the target images preferred to the model's own samples (arXiv 2410.03190)
+
+A generator gets velocities whose weights and contexts are bound, as `dopsd` in train.py does, and yields losses of one
+batch; their sum is the batch's loss. A new method is one function and one entry in BASELINES.
+
+Differs from the paper, which says little about its baselines:
+1. SFT's noise levels are as dense as those of the checkpoint's own sampler (`draw_sigma`).
+2. PSO compares at the noise levels of the K solver steps, and its own samples come from the student of the moment.
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from loss import Weight
+from rollout import Velocity, draw_states, rollout, sample, shifted
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from one batch."""
+    losses: Callable[..., Iterator[Tensor]]  # gets student, x and sigmas (`rollout`), and what it needs, by name
+    needs: tuple[str, ...]                   # names of further arguments, of those that `bind` in train.py knows
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher takes part, by default one that is shown the target image."""
+        return "teacher" in self.needs
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether its rollouts can be stochastic."""
+        return "noise" in self.needs
+
+    def __call__(self, **given) -> Iterator[Tensor]:
+        return self.losses(**{name: given[name] for name in ("student", "x", "sigmas", *self.needs)})
+
+
+# ---------------------------------------------------------------------------------------------------- distillation
+def off_policy(student: Velocity, x: Tensor, sigmas: Tensor, teacher: Velocity, weight: Weight, states: int | None,
+               noise: float, rng: torch.Generator) -> Iterator[Tensor]:
+    """Off-policy distillation: the loss of `dopsd`, at the states of the teacher's own trajectory."""
+    learned = draw_states(len(sigmas) - 1, states, rng)
+    for point in rollout(torch.no_grad()(teacher), x, sigmas, learned, noise, rng):
+        v_student = student(point.x, point.sigma)
+        yield weight(point) * (v_student - point.v).square().mean() / len(learned)
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+def sft(student: Velocity, x: Tensor, sigmas: Tensor, x0: Tensor, shift: float, rng: torch.Generator
+        ) -> Iterator[Tensor]:
+    """Vanilla fine-tuning: || v - (eps - x0) ||^2 at a random noise level. x0: latents of the targets; x is eps."""
+    yield denoising_error(student, x0, x, draw_sigma(rng, shift, len(x0)).to(x0.device)).mean()
+
+
+def sft_teacher(student: Velocity, x: Tensor, sigmas: Tensor, teacher: Velocity, shift: float, rng: torch.Generator
+                ) -> Iterator[Tensor]:
+    """Vanilla fine-tuning on what the teacher samples from x."""
+    x0 = sample(teacher, x, sigmas)
+    eps = torch.randn(x.shape, generator=rng).to(x.device)
+    return sft(student, eps, sigmas, x0, shift, rng)
+
+
+def draw_sigma(generator: torch.Generator, shift: float, n: int) -> Tensor:
+    """n training noise levels in (0, 1] for `sft`: (n,) float32 on the CPU, uniform u through the checkpoint's shift.
+
+    A choice of ours (the paper only says that SFT draws random times): noise levels are then as dense as those that the
+    checkpoint's own sampler uses. shift 1 gives the uniform draw.
+    """
+    u = 1 - torch.rand(n, generator=generator)  # (0, 1]: at sigma 0 there is nothing to learn
+    return shifted(u, shift)
+
+
+def denoising_error(velocity: Velocity, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """|| v - (eps - x0) ||^2 of each image: (B,) float32, mean over its elements.
+
+    velocity: (x, sigma (B,)) -> v. x0: (B, C, H, W) latents. eps: noise of the same shape. sigma: (B,), `draw_sigma`.
+    """
+    x0, eps = x0.float(), eps.float()
+    s = sigma.to(x0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    x = (1 - s) * x0 + s * eps          # (B, C, H, W)
+    v = velocity(x, sigma.to(x0)).float()
+    return (v - (eps - x0)).square().mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------- preference
+def pso(student: Velocity, x: Tensor, sigmas: Tensor, x0: Tensor, base: Velocity, beta: float, rng: torch.Generator
+        ) -> Iterator[Tensor]:
+    """Pairwise Sample Optimization: the target x0 is preferred to what the student samples from x by now."""
+    own = sample(student, x, sigmas)
+    k = torch.randint(len(sigmas) - 1, (len(own),), generator=rng)  # one of the noise levels of its own sampler
+    eps = torch.randn(x.shape, generator=rng).to(x.device)
+    yield preference(student, base, x0, own, eps, sigmas[k].to(x.device), beta)
+
+
+def preference(velocity: Velocity, base: Velocity, x_win: Tensor, x_lose: Tensor, eps: Tensor, sigma: Tensor,
+               beta: float) -> Tensor:
+    """The loss of PSO (arXiv 2410.03190): scalar float32, mean over pairs,
+
+        -log sigmoid(beta [(l_base(x_win) - l_base(x_lose)) - (l(x_win) - l(x_lose))]),    l = denoising_error.
+
+    base: the untuned model. x_win, x_lose: (B, C, H, W) of the same prompts; each pair shares its eps and sigma.
+    """
+    with torch.no_grad():
+        gap_base = denoising_error(base, x_win, eps, sigma) - denoising_error(base, x_lose, eps, sigma)
+    gap = denoising_error(velocity, x_win, eps, sigma) - denoising_error(velocity, x_lose, eps, sigma)
+    return -logsigmoid(beta * (gap_base - gap)).mean()
+
+
+BASELINES = {
+    "off-policy": Method(off_policy, needs=("teacher", "weight", "states", "noise", "rng")),
+    "sft-teacher": Method(sft_teacher, needs=("teacher", "shift", "rng")),
+    "sft": Method(sft, needs=("x0", "shift", "rng")),
+    "pso": Method(pso, needs=("x0", "base", "beta", "rng")),
+}

@@ -1,0 +1,79 @@
+"""What the rest of the project knows about a kind of diffusion transformer: one record, filled in once for each kind.
+
+A new backbone is one file with a network and a `Backbone`, and one entry in `BACKBONES` of checkpoints.py.
+"""
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from plumbing.files import InputError, load_strictly, read_json, tensors
+from plumbing.recipes import Recipe
+
+RECOMPILE_LIMIT = 64  # grad or not, adapter or not, mask or not, a few shapes: torch's limit of 8 is soon reached
+
+
+@dataclass(frozen=True)
+class TextStyle:
+    """The text features that a family of transformers was trained on; encoder.py makes them."""
+    thought: str                              # how the assistant's answer begins: "", or a <think> block that is empty
+    layers: Callable[[int], tuple[int, ...]]  # number of layers -> indices of the hidden states that are concatenated
+    padded: bool                              # short contexts are filled up with pad tokens, which are attended to
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A kind of diffusion transformer."""
+    name: str                       # as people say it
+    class_name: str                 # _class_name in transformer/config.json
+    network: type[nn.Module]        # has velocity, blocks, lora_names, adaptable_names, in_channels, multiple
+    keys: tuple[str, ...]           # what transformer/config.json must have
+    width: Callable[[dict], int]    # content of that file -> dimension of the hidden states
+    patch_size: Callable[[dict], int]                       # -> sides of the latents are multiples of this
+    time_shift: Callable[[dict, int, int, int], float]      # scheduler config, steps, H, W of x -> grid's shift
+    draw_noise: Callable[[torch.Generator, int, int, int], Tensor]  # generator, C, H, W -> diffusers' x at sigma = 1
+    text_style: TextStyle
+    takes_references: bool          # whether images can stand beside the text
+    recipes: tuple[Recipe, Recipe]  # of the real checkpoints, and of small ones
+    layer_name: re.Pattern          # finds a layer of this transformer in a LoRA's key, in any spelling
+    original_names: dict[str, str]  # our names of block groups and layers -> those of the original weights
+
+    def check(self, folder: Path) -> nn.Module:
+        """The transformer without memory, on the meta device. Raises what `load` would, from the files' headers."""
+        folder = Path(folder) / "transformer"
+        model = self._skeleton(folder)
+        load_strictly(model, tensors(folder, only_shapes=True), folder, "meta", torch.float32)
+        return model
+
+    def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
+             compile: bool = False) -> nn.Module:
+        """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
+
+        checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block. Raises
+        InputError when files are missing or do not belong together.
+        """
+        folder = Path(folder) / "transformer"
+        model = self._skeleton(folder)
+        load_strictly(model, tensors(folder), folder, device, dtype)
+        model.checkpointing = checkpointing
+        if compile:
+            compile_blocks(model)
+        return model.eval()
+
+    def _skeleton(self, folder: Path) -> nn.Module:
+        config = read_json(folder / "config.json", *self.keys)
+        try:
+            with torch.device("meta"):
+                return self.network(config)
+        except InputError as error:
+            raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of the repeated block, in place: a minute of work at the first steps, faster ever after."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    for block in model.blocks().values():
+        block.compile()

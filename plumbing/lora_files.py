@@ -1,0 +1,135 @@
+"""LoRA files as people have them: one `load` for the spellings of PEFT, diffusers, ComfyUI, kohya and others.
+
+Our own files are written by `lora.save`, in diffusers' spelling.
+"""
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora import Adapter
+from plumbing.backbone import Backbone
+from plumbing.checkpoints import BACKBONES
+from plumbing.files import InputError, open_safetensors, read_json
+
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
+SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
+                 r"(?:\.default)?\.weight|(?P<alpha>alpha))")
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
+
+
+def load(path: Path, model: nn.Module) -> Adapter:
+    """The frozen adapter in a file, for `model` (which has `adaptable_names()`), on the model's device.
+
+    Reads our own files and the spellings of PEFT, diffusers, ComfyUI, kohya, ai-toolkit, OneTrainer and LyCORIS; ranks
+    may differ between layers and layers may be missing. The file's alpha is folded into B, so the result has scale 1.
+    A file in PEFT's spelling keeps alpha in adapter_config.json beside it; without that file the scale is taken as 1,
+    with a warning.
+    Raises InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a LoRA in a .safetensors file")
+    backbone = next(backbone for backbone in BACKBONES if isinstance(model, backbone.network))
+    spellings = _spellings(model.adaptable_names(), backbone.original_names)
+    with open_safetensors(path) as file:
+        keys = list(file.keys())
+        _check_backbone(path, keys, backbone)
+        config = _alpha_config(path, file.metadata() or {}, any(key.startswith("base_model.") for key in keys))
+        found: dict[str, dict[str, Tensor]] = {}
+        for key in keys:
+            layer, part = _parse(path, key, spellings)
+            found.setdefault(layer, {})[part] = file.get_tensor(key).float()
+    device = next(model.parameters()).device
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer, parts in found.items():
+        for name, A, B in _pairs(path, layer, parts, spellings[layer], model, config):
+            if name in weights:
+                raise InputError(f"{path}: {name} occurs twice in different spellings; use a file with one of them")
+            weights[name] = (A.to(device), B.to(device))
+    if not weights:
+        raise InputError(f"{path}: no LoRA in this file; give a LoRA made for this transformer")
+    rank = max(len(A) for A, _ in weights.values())
+    return Adapter(weights, rank, alpha=rank)
+
+
+def _check_backbone(path: Path, keys: list[str], own: Backbone) -> None:
+    """Raises InputError for a LoRA of another backbone."""
+    other = next((backbone for backbone in BACKBONES if any(map(backbone.layer_name.search, keys))), own)
+    if other is not own:
+        raise InputError(f"{path}: this is a LoRA for {other.name}, the model is {own.name}; give a LoRA made for "
+                         f"{own.name} or a {other.name} model")
+
+
+def _spellings(names: list[str], originals: dict[str, str]) -> dict[str, list[str]]:
+    """Spelling of a layer, without prefix -> the layers meant: three, in the order of `names`, for fused q, k and v.
+
+    originals: what the original weights, and so ComfyUI, kohya and ai-toolkit, call our groups of blocks and the layers
+    inside them. Several layers with one name are the rows of one fused Linear, from top to bottom.
+    """
+    table: dict[str, list[str]] = {}
+    for name in names:
+        group, index, local = name.split(".", 2)
+        original = f"{originals.get(group, group)}.{index}.{originals.get(local, local)}"
+        for spelling in {name, original}:  # a set: some layers of Z-Image have one name only
+            table.setdefault(spelling, []).append(name)
+            table.setdefault(spelling.replace(".", "_"), []).append(name)  # kohya writes no dots
+    return table
+
+
+def _parse(path: Path, key: str, spellings: dict[str, list[str]]) -> tuple[str, str]:
+    """A key of the file -> (spelling of its layer without prefix, "A" | "B" | "alpha")."""
+    match = KEY.fullmatch(key)
+    layer = match["layer"] if match else ""
+    while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
+        layer = layer.removeprefix(prefix)
+    if layer not in spellings:
+        raise InputError(f"{path}: unknown key {key}; give a LoRA made for this transformer")
+    return layer, SIDES[match["side"]] if match["side"] else "alpha"
+
+
+def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], model: nn.Module, config: dict
+           ) -> list[tuple[str, Tensor, Tensor]]:
+    """(layer name, A, B with the scale folded in) for one layer of the file; a fused one gives three that share A."""
+    if "A" not in parts or "B" not in parts:
+        missing = "A (down)" if "A" not in parts else "B (up)"
+        raise InputError(f"{path}: {layer} has no matrix {missing}; the file is incomplete, copy or download it again")
+    A, B = parts["A"], parts["B"]
+    inner = model.get_submodule(names[0]).in_features
+    sizes = [model.get_submodule(name).out_features for name in names]
+    rank = len(A) if A.ndim == 2 else 0
+    if rank < 1 or tuple(A.shape) != (rank, inner) or tuple(B.shape) != (sum(sizes), rank):
+        raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (rank, {inner}) "
+                         f"and ({sum(sizes)}, rank); give a LoRA made for this transformer")
+    scale = parts["alpha"].item() / rank if "alpha" in parts else _config_scale(config, layer, rank)
+    return [(name, A.clone(), scale * rows) for name, rows in zip(names, B.split(sizes))]
+
+
+def _alpha_config(path: Path, metadata: dict[str, str], raw_peft: bool) -> dict:
+    """Where PEFT and diffusers write alpha, with PEFT's field names; {} if the file says nothing about it."""
+    if DIFFUSERS_METADATA in metadata:
+        try:
+            fields = json.loads(metadata[DIFFUSERS_METADATA])
+            return {key.removeprefix("transformer."): value for key, value in fields.items()}
+        except (json.JSONDecodeError, AttributeError):
+            raise InputError(f"{path}: metadata {DIFFUSERS_METADATA} is no JSON object; save the file again") from None
+    if not raw_peft:
+        return {}
+    config = path.with_name("adapter_config.json")
+    if config.is_file():
+        return read_json(config, "lora_alpha")
+    warnings.warn(f"{path}: PEFT keys without adapter_config.json beside them, so alpha is unknown; loaded at scale 1")
+    return {}
+
+
+def _config_scale(config: dict, layer: str, rank: int) -> float:
+    """PEFT's alpha / rank, or alpha / sqrt(rank) with use_rslora; alpha_pattern overrides alpha for matching layers."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

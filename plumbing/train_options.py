@@ -1,0 +1,106 @@
+"""The options of train.py: names, explanations, and what can be seen to be wrong without looking at any file."""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from baselines import BASELINES, Method
+from encoder import TEACHER_CONTEXTS
+from loss import WEIGHTS
+from plumbing.files import InputError
+from plumbing.options import check_seed, option
+
+DATA, METHOD, OPTIMISATION = "data and model", "method", "optimisation"     # headings of --help
+OUTPUT, MACHINE = "output", "machine"
+TARGET = "image"      # in the place of a teacher's file: the run's own teacher, which is shown the target image
+UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
+LEAST = {"steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "save_every": 1,
+         "sample_every": 0, "lr": 0, "grad_states": 1, "beta": 0, "noise": 0}
+
+
+@dataclass
+class Options:
+    """None means: the value of the checkpoint's recipe (plumbing/recipes.py)."""
+    data: list[str] = option(dataclasses.MISSING, "folder with images and captions, or a .jsonl file (see README); "
+                             "several are learned in turns", DATA, nargs="+")
+    model: str = option("embedded", "checkpoint to tune: a folder in diffusers layout, a hub id, or embedded, which is "
+                        "tiny/model", DATA)
+    vlm: str | None = option(None, "Qwen3-VL that shows the target to the teacher, folder or hub id", DATA)
+    size: int | None = option(None, "side of a square training picture in pixels; other shapes have about its area",
+                              DATA)
+
+    method: str = option("dopsd", "dopsd, or a method that it is compared with", METHOD, choices=("dopsd", *BASELINES))
+    loss: str | None = option(None, "weight on the squared difference of velocities; v: Eq. 7 of the paper, x0: the "
+                              "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
+    rollout_steps: int | None = option(None, "K, the number of solver steps of the student's rollout", METHOD)
+    grad_states: int | None = option(None, "number of the K states to learn at, drawn anew for every batch (default: "
+                                     "all)", METHOD)
+    noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
+    teacher_context: str | None = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)",
+                                         METHOD, choices=tuple(TEACHER_CONTEXTS))
+    teacher_weights: str = option("ema", "the teacher's weights: ema of the student's, a live copy of them, or frozen "
+                                  "as they were", METHOD, choices=("ema", "copy", "frozen"),
+                                  old={"--teacher": "--teacher-weights", "base": "frozen"})
+    ema: float | None = option(None, "m of the teacher's moving average, theta_bar <- m theta_bar + (1 - m) theta",
+                               METHOD)
+    teacher_lora: list[str] = option([], "one teacher for each --data: a frozen adapter file, untuned for the model as "
+                                     "it was, or image for the run's own teacher, which is shown the target image",
+                                     METHOD, nargs="+", metavar="FILE", old={"base": UNTUNED})
+    teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", METHOD,
+                               choices=("vlm", "text"))
+    beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)
+
+    steps: int | None = option(None, "number of optimizer steps", OPTIMISATION)
+    lr: float | None = option(None, "learning rate of AdamW, constant", OPTIMISATION)
+    batch_size: int | None = option(None, "number of images in a forward pass", OPTIMISATION)
+    accumulate: int | None = option(None, "number of forward passes per optimizer step", OPTIMISATION)
+    rank: int | None = option(None, "rank of the LoRA", OPTIMISATION)
+    alpha: int | None = option(None, "numerator of the LoRA's scale, alpha / rank", OPTIMISATION)
+    seed: int = option(0, "random seed for LoRA initialisation, batch order, captions and noise", OPTIMISATION)
+
+    out: str | None = option(None, "folder of the run (default: out/NAME of the data)", OUTPUT)
+    resume: bool = option(False, "continue the run in --out as if it had never stopped", OUTPUT)
+    save_every: int | None = option(None, "number of optimizer steps between saves", OUTPUT)
+    sample_every: int | None = option(None, "number of optimizer steps between panels; 0 draws none", OUTPUT)
+    panel_prompt: list[str] = option([], "prompt of a further row of the panels, for which the teacher sees the first "
+                                     "image; repeatable", OUTPUT)
+    cache: str | None = option(None, "folder of cached latents and contexts (default: OUT/cache)", OUTPUT)
+
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
+    dtype: str = option("auto", "precision of the frozen networks; auto is bfloat16 on CUDA, else float32", MACHINE,
+                        choices=("auto", "float32", "bfloat16"))
+    checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time", MACHINE)
+    compile: bool = option(False, "torch.compile the transformer's block: a slow start, then faster steps", MACHINE)
+
+
+def check_values(cfg: Options, method: Method) -> None:
+    """Raises InputError on numbers and combinations that cannot work; None is left for the recipe."""
+    for name, least in LEAST.items():
+        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
+        if value is not None and (not value >= least or not math.isfinite(value)):
+            raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
+    if cfg.ema is not None and not 0 <= cfg.ema <= 1:
+        raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
+    if cfg.grad_states is not None and "states" not in method.needs:
+        raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd and off-policy, not {cfg.method}; "
+                         "leave it out")
+    teachers = cfg.teacher_lora
+    if teachers and len(teachers) != len(cfg.data):
+        raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "
+                         f"a word, {TARGET} or {UNTUNED}")
+    if teachers and not method.has_teacher:
+        raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
+    if cfg.noise and not method.takes_noise:
+        raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
+    check_seed(cfg.seed)
+
+
+def check_states(cfg: Options) -> None:
+    """The same for numbers that the recipe has filled in."""
+    if (cfg.grad_states or 1) > cfg.rollout_steps:
+        raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
+                         f"{cfg.rollout_steps}")
+
+
+def shows_target(cfg: Options, method: Method) -> bool:
+    """Whether there is a teacher that is shown the target image."""
+    return method.has_teacher and (not cfg.teacher_lora or TARGET in cfg.teacher_lora)
