@@ -112,7 +112,7 @@ def klein(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_klein(tmp_path_factory) -> Path:
-    """What tiny/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
+    """What tiny/making/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
     from plumbing.checkpoints import EMBEDDED
     from tiny.making.klein import assemble
 
