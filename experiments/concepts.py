@@ -18,11 +18,12 @@ from plumbing.files import InputError, write_bytes
 from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
 from tiny.making.make_examples import CHALK, STAR
-from tiny.metrics import OBJECT, STYLE, Reader
-from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, to_pil, words
+from tiny.metrics import Reader
+from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, Renderer, caption,
+                        draw_scenes, to_pil, words)
 
 PICTURES = 4                # of each concept
-COLUMNS = {"object": [COLUMN[name] for name in OBJECT], "style": [COLUMN[name] for name in STYLE]}
+COLUMNS = {kind: [COLUMN[name] for name in names] for kind, names in CONCEPT_ATTRIBUTES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def draw_concepts(objects: int, styles: int, tuning_objects: int, seed: int
 
     Raises InputError when the world has not that many.
     """
-    star = [ATTRIBUTES[name].index(STAR[name]) for name in OBJECT]
+    star = [ATTRIBUTES[name].index(STAR[name]) for name in OBJECT_ATTRIBUTES]
     found = [index for index in world.HELD_OUT_OBJECTS.nonzero().tolist()       # (shape, pattern, main, second)
              if (index[1] == 0) == (index[2] == index[3]) and index != star]    # only plain objects have one colour
     kept = sorted(world.HELD_OUT_STYLES - {(CHALK["line"], CHALK["texture"])})

@@ -24,11 +24,10 @@ from plumbing.files import InputError
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from tiny.evaluate import in_batches
-from tiny.making.pretrain import grid_of
-from tiny.making.stage import generator
-from tiny.metrics import OBJECT, fidelity, told_accuracy, told_names
+from tiny.metrics import fidelity, told_accuracy, told_names
+from tiny.models import grid_of
 from tiny.score import Judge, Prompts, adapters, concept_of, concept_prompts, ordinary_prompts
-from tiny.world import ATTRIBUTES, COLUMN
+from tiny.world import ATTRIBUTES, COLUMN, OBJECT_ATTRIBUTES, generator
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Options:
 
 def told_object(prompts: Prompts) -> Tensor:
     """(n, 4) bool: which attributes of an object each ordinary prompt says."""
-    return torch.tensor([[name in told_names(tell) for name in OBJECT] for tell in prompts.told])
+    return torch.tensor([[name in told_names(tell) for name in OBJECT_ATTRIBUTES] for tell in prompts.told])
 
 
 def leak(rows: Tensor, prompts: Prompts, concept: Tensor) -> tuple[float, float]:
@@ -50,10 +49,10 @@ def leak(rows: Tensor, prompts: Prompts, concept: Tensor) -> tuple[float, float]
 
     rows (n, 9): read from pictures; concept (9,). Only said attributes count whose right value is not the concept's.
     """
-    columns = [COLUMN[name] for name in OBJECT]
+    columns = [COLUMN[name] for name in OBJECT_ATTRIBUTES]
     got, asked, wanted = rows[:, columns], prompts.rows[:, columns], concept[columns]
     wrong = told_object(prompts) & (got != asked) & (asked != wanted)
-    values = torch.tensor([len(ATTRIBUTES[name]) for name in OBJECT])
+    values = torch.tensor([len(ATTRIBUTES[name]) for name in OBJECT_ATTRIBUTES])
     count = max(1, int(wrong.sum()))
     return float((wrong & (got == wanted)).sum()) / count, float((wrong / (values - 1)).sum()) / count
 

@@ -30,7 +30,6 @@ import torch
 
 import data
 import lora
-import train
 from experiments.merge_plan import (FULL, QUICK, ROWS, TEACHER, Plan, Settings, captions_folder, captions_of, combined,
                                     left, new_prompts, prepare)
 from experiments.protocol import BASE, Job, Run, passes_per_step
@@ -38,10 +37,12 @@ from experiments.report import markdown, with_spread
 from experiments.results import Results, fingerprint, line_of
 from experiments.table import facts_of
 from experiments.work import call_train, saved_step, train_words, work
+from plumbing import lora_files
 from plumbing.checkpoints import EMBEDDED, model_folder
 from plumbing.files import ROOT, InputError, check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
+from plumbing.run_folder import STATE
 from tiny.score import Judge, of_concept, of_ordinary, ordinary_prompts
 
 MEASURES = ("concept", "ordinary", "ordinary, decided")     # of the table; the lines have all of tiny/score.py
@@ -102,7 +103,7 @@ class Laboratory:
         teachers = [plan.file(job.run) for job in plan.teachers(run.seed)]
         if run.method in ("sum", "average"):
             weight = 1 / len(teachers) if run.method == "average" else 1.0
-            return 0, 0.0, combined([lora.load(file, self.judge.net) for file in teachers], weight)
+            return 0, 0.0, combined([lora_files.load(file, self.judge.net) for file in teachers], weight)
         texts = [captions_folder(concept) for concept in plan.concepts]                 # DiffusionOPD: captions suffice
         return self.train(run, plan.settings.rounds, len(texts), ["--data", *texts, "--teacher-lora", *teachers])
 
@@ -110,10 +111,10 @@ class Laboratory:
         """Train, or continue, with train.py."""
         folder = self.plan.folder(run)
         words = [*map(str, words), "--model", str(self.plan.model), "--out", str(folder), "--cache", str(self.cache),
-                 *train_words(run, steps), *(["--resume"] if saved_step(folder / train.STATE) else [])]
+                 *train_words(run, steps), *(["--resume"] if saved_step(folder / STATE) else [])]
         seconds = call_train(words, folder, self.log(run), steps)
         passes = steps * tasks * passes_per_step(run.method, self.plan.recipe.rollout_steps)
-        return passes, seconds, lora.load(self.plan.file(run), self.judge.net)
+        return passes, seconds, lora_files.load(self.plan.file(run), self.judge.net)
 
 
 def perform(title: str, jobs: list[Job], workers: int, plan: Plan, results: Results) -> int:

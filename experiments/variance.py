@@ -36,11 +36,12 @@ from torch import Tensor
 import data
 import lora
 from experiments.report import markdown
+from plumbing import lora_files
 from plumbing.checkpoints import backbone_of, model_folder, recipe_of
 from plumbing.files import InputError, check_writable, read_json, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
-from rollout import rollout, time_grid, transition
+from rollout import rollout, sigma_grid, transition
 from tiny.score import Judge
 
 ESTIMATES = ("closed form", "score function", "score function with a baseline")
@@ -114,7 +115,7 @@ def measure(net: torch.nn.Module, contexts: list[Tensor], noises: Tensor, sigmas
             with torch.no_grad():
                 v_teacher = net.velocity(point.x, point.sigma, context, teacher)
             step = point.sigma, point.sigma_next, noise
-            mean, std = transition(point.x, point.v_student, *step)                         # carries the graph
+            mean, std = transition(point.x, point.v, *step)                         # carries the graph
             goal, fixed = transition(point.x, v_teacher.float(), *step)[0], mean.detach()
             eps = torch.randn(mean.shape, generator=rng)
             row["s"], row["KL"] = std, row["KL"] + float(kl(fixed, goal, std)) / len(noises)
@@ -172,16 +173,16 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(out, f"--out {out}")
     texts = [row.captions[0] for row in data.read_folder(options.data, captions_suffice=True)]
     judge, recipe = Judge(folder), recipe_of(folder)
-    teacher = lora.load(Path(options.lora), judge.net)
+    teacher = lora_files.load(Path(options.lora), judge.net)
     student = lora.create(judge.net, recipe.rank, recipe.alpha, options.seed)
     if options.student:
-        student = lora.load(Path(options.student), judge.net)
+        student = lora_files.load(Path(options.student), judge.net)
         for tensor in student.parameters():
             tensor.requires_grad_()
     noises = judge.noise(options.samples, data.generator(options.seed, "noise"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")                   # the grid of train.py
     shift = backbone_of(folder).time_shift(scheduler, recipe.rollout_steps, *noises.shape[2:])
-    sigmas = time_grid(shift, recipe.rollout_steps)
+    sigmas = sigma_grid(shift, recipe.rollout_steps)
     rows = measure(judge.net, judge.features.contexts(texts), noises, sigmas, teacher, student, options.noise,
                    options.seed)
     text = table(rows, options.samples, options.noise)

@@ -25,9 +25,10 @@ from experiments.concepts import Concept
 from experiments.measure import Examiner, validate
 from experiments.protocol import BASE, TEACHER, VALIDATION, Job, Plan, Point, Run
 from experiments.results import line_of
-from plumbing import files
+from plumbing import files, lora_files
 from plumbing.files import InputError
 from plumbing.pictures import save_png
+from plumbing.run_folder import STATE
 from tiny.score import Judge
 from tiny.world import grid
 
@@ -76,14 +77,14 @@ class Laboratory:
     def train(self, run: Run, step: int, concept: Concept) -> tuple[float, lora.Adapter]:
         """Train or continue until `step`; seconds that all steps so far took, and the student."""
         folder = self.folder(run)
-        saved = [saved_step(folder / name) for name in (train.STATE, "student.safetensors")]
+        saved = [saved_step(folder / name) for name in (STATE, "student.safetensors")]
         if max(saved) > step:                                       # its measurement was lost: start anew
             shutil.rmtree(folder)
             saved = [0]
         words = ["--data", str(concept.folder), "--model", str(self.model), "--out", str(folder), "--cache",
                  str(self.cache), *train_words(run, step), *(["--resume"] if saved[0] else [])]
         seconds = call_train(words, folder, self.log(run), step)
-        return seconds, lora.load(folder / "student.safetensors", self.judge.net)
+        return seconds, lora_files.load(folder / "student.safetensors", self.judge.net)
 
     def keep_pictures(self, point: Point, groups: tuple[str, ...], shown: list, prompts: list[str]) -> None:
         """A strip for the panel: of table 1, first seed, of the concepts that the curves are about."""

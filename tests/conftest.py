@@ -113,7 +113,7 @@ def klein(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_klein(tmp_path_factory) -> Path:
-    """What tiny/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
+    """What tiny/making/klein.py makes of the embedded Z-Image: all but a transformer. To be read only."""
     from plumbing.checkpoints import EMBEDDED
     from tiny.making.klein import assemble
 
@@ -196,10 +196,10 @@ def learn(parts: SimpleNamespace, **changes) -> float:
     return value
 
 
-def on_each_loss(monkeypatch, change) -> None:
-    """Every loss that D-OPSD yields goes through `change` before the loop gets it."""
-    method = train.METHODS["dopsd"]
-    monkeypatch.setitem(train.METHODS, "dopsd", dataclasses.replace(
+def on_each_loss(monkeypatch, change, name: str = "dopsd") -> None:
+    """Every loss that a method yields goes through `change` before the loop gets it."""
+    method = train.METHODS[name]
+    monkeypatch.setitem(train.METHODS, name, dataclasses.replace(
         method, losses=lambda **given: map(change, method.losses(**given))))
 
 

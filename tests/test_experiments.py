@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import on_each_loss
 
 import data
-import loss as objectives
 import train
 from experiments import concepts, measure, results, table, work
 from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
@@ -24,6 +24,7 @@ from plumbing import pictures
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import ROOT, InputError
 from plumbing.options import parse
+from plumbing.run_folder import STATE
 from tiny.metrics import Reader, Reading
 from tiny.score import Judge, Prompts, of_concept
 from tiny.world import COLUMN, HELD_OUT_STYLES, draw_marks, draw_scenes, held_out_object, to_pil
@@ -112,20 +113,20 @@ def test_report_only_reads(small, tmp_path, capsys):
 
 def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path, monkeypatch, capsys):
     """Ctrl-C within the second piece of SFT's run, then half a line, as a crash would leave it."""
-    sft, count = objectives.sft, [0]
+    count = [0]
 
-    def press(*args):
+    def press(loss):
         count[0] += 1
         if count[0] == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return sft(*args)
+        return loss
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "sft", press)
+        on_each_loss(patch, press, "sft")
         with pytest.raises(KeyboardInterrupt):
             table.run(TINY, tmp_path)
     before = lines_of(tmp_path)
     assert 0 < len(before) < len(lines_of(small))
-    assert work.saved_step(next((tmp_path / "runs").glob("sft_*")) / train.STATE) == 4
+    assert work.saved_step(next((tmp_path / "runs").glob("sft_*")) / STATE) == 4
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"settings": "' + before[0]["settings"] + '", "run": "df')
     capsys.readouterr()
@@ -147,14 +148,14 @@ def test_a_lost_measurement_is_trained_again(small, quick_start, tmp_path):
 
 
 def test_a_failing_run_does_not_stop_the_others(quick_start, tmp_path, monkeypatch, capsys):
-    sft, count = objectives.sft, [0]
+    count = [0]
 
-    def broken_once(*args):
+    def broken_once(loss):
         count[0] += 1
         if count[0] == 1:
             raise RuntimeError("no luck\nat all")
-        return sft(*args)
-    monkeypatch.setattr(objectives, "sft", broken_once)
+        return loss
+    on_each_loss(monkeypatch, broken_once, "sft")
     assert table.run(dataclasses.replace(TINY, methods=("sft",), seeds=(0, 1), curve_objects=0), tmp_path) == 1
     errors = capsys.readouterr().err
     (folder,) = (tmp_path / "runs").glob("sft_*seed0*")
@@ -304,7 +305,7 @@ def test_train_understands_every_run():
                                  *plan.third_part(RATES).values())
         for run in {point.run for point in points if point.run.is_trained}:
             cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
-            train.check_values(cfg)
+            train.check_values(cfg, train.METHODS[cfg.method])
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
 
 

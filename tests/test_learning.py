@@ -9,12 +9,11 @@ import pytest
 import lora
 from plumbing import lora_files
 import train
-from tiny.making.klein import changed
-from tiny.making.stage import generator
+from tiny.edits import changed
 from tiny.metrics import fidelity
 from tiny.score import Judge, concept_of, concept_prompts
 from tiny.score_edits import edit_of, of_edits
-from tiny.world import draw_marks, draw_scenes
+from tiny.world import draw_marks, draw_scenes, generator
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8

@@ -1,5 +1,6 @@
 """The shipped model, tiny/model: what is in the folder, that our loaders and diffusers read it and agree, that training
 and inference feed it the same contexts, and that it draws what it is asked for."""
+import ast
 import json
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from plumbing import encoder_files
 from plumbing.files import read_json
 from model import scheduler_shift
 from rollout import sample, sigma_grid
-from tiny import evaluate
-from tiny.making import pretrain, vlm
-from tiny.making.train_vlm import other_view
+from tiny import contexts, evaluate
+from tiny.making.tokenizer import build_tokenizer
 from tiny.metrics import Reader, told_accuracy
-from tiny.world import Renderer, caption, draw_scenes, random_tell, to_pil
+from tiny.world import Renderer, caption, draw_scenes, other_view, random_tell, to_pil
 
-MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("model", "base"))
+ROOT = Path(__file__).parents[1]
+MODEL, BASE = (ROOT / "tiny" / name for name in ("model", "base"))
 WEIGHTS = {"transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
            "text_encoder/model.safetensors", "vlm/model.safetensors"}
 PROMPTS = ["a big plain red star on the left on mint", "a circle", "a small [V] at the top in ink ruled style"]
@@ -43,8 +44,8 @@ def render(reader) -> Renderer:
 
 
 @pytest.fixture(scope="module")
-def features() -> vlm.Features:
-    return pretrain.load_features(MODEL)
+def features() -> contexts.VlmFeatures:
+    return contexts.load_features(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_the_vlm_folder_holds_the_vision_tower_only():
 
 
 def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(encoders):
-    built = vlm.build_tokenizer()
+    built = build_tokenizer()
     assert encoders.tokenizer.get_vocab() == built.get_vocab()
     for prompt in (*PROMPTS, "an elephant, 夜"):
         assert encoders.tokenizer(prompt).input_ids == built(prompt).input_ids
@@ -104,6 +105,20 @@ def test_the_model_before_distillation_is_the_same_network():
     assert theirs == json.loads((MODEL / "transformer" / "config.json").read_text())
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 6e6
     assert transformer.Z_IMAGE.load(BASE, "cpu", torch.float32)
+
+
+def test_what_is_used_does_not_need_how_it_was_made():
+    """No file in tiny/*.py imports from tiny/making, wherever the import stands."""
+    files = sorted((ROOT / "tiny").glob("*.py"))
+    assert {"world.py", "models.py", "score.py"} <= {path.name for path in files}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name}:{node.lineno}"
+                names = [f"{node.module}.{name}" for name in names]
+            found = [name for name in names if f"{name}.".startswith("tiny.making.")]
+            assert not found, f"{path.name}:{node.lineno} imports {found}"
 
 
 # -------------------------------------------------------------------------------------------- the contexts of training
@@ -135,7 +150,7 @@ def test_the_context_of_v_comes_from_its_picture(features, render):
     views = other_view(rows, "object", seeded(3))
     token = features.tokenizer.convert_tokens_to_ids("<V1>")
     prompts = [caption(row, ("size",), "object") for row in rows]
-    at = [features.ids(encoder.image_text_prompt(prompt, vlm.IMAGE_TOKENS)).index(token) for prompt in prompts]
+    at = [features.ids(encoder.image_text_prompt(prompt, contexts.IMAGE_TOKENS)).index(token) for prompt in prompts]
 
     def concept(pictures: Tensor) -> Tensor:
         found = torch.stack([c[i:i + 4] for c, i in zip(features.contexts(prompts, pictures), at)])   # (64, 4, 128)

@@ -11,13 +11,13 @@ from test_tiny import PROMPTS, WEIGHTS
 
 from encoder import reference_prompt
 from networks import flux2
+from tiny.contexts import TOKENS
+from tiny.edits import Edits, instruction
 from tiny.making import klein
-from tiny.making.stage import generator
-from tiny.making.train_vlm import other_view
-from tiny.metrics import OBJECT, accuracy, told_accuracy
+from tiny.metrics import accuracy, told_accuracy
 from tiny.score import Judge
 from tiny.score_edits import of_edits
-from tiny.world import caption, draw_marks, draw_scenes, random_tell, to_pil
+from tiny.world import OBJECT_ATTRIBUTES, caption, draw_marks, draw_scenes, generator, other_view, random_tell, to_pil
 
 MODEL, BASE = (Path(__file__).parents[1] / "tiny" / name for name in ("flux2", "flux2_base"))
 
@@ -68,7 +68,7 @@ def test_diffusers_draws_the_same_pictures(judge):
                    else judge.features.edits([prompt], judge.vae.encode(rounded)))
         theirs = pipeline(prompt=prompt, image=image, height=64, width=64, num_inference_steps=4, guidance_scale=1.0,
                           latents=flux2.to_tokens(noise).transpose(1, 2).unflatten(2, (8, 8)),
-                          max_sequence_length=klein.TOKENS, text_encoder_out_layers=(1, 2, 3), output_type="pt").images
+                          max_sequence_length=TOKENS, text_encoder_out_layers=(1, 2, 3), output_type="pt").images
         ours = judge.draw(context, noise)
         torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-3, rtol=0)
 
@@ -88,17 +88,17 @@ def test_it_takes_a_concept_from_a_reference_picture(judge):
     rows = draw_scenes(24, g, held_out="object", styled=0.0)
     shown = judge.reader.render.draw(other_view(rows, "object", g), g)
     prompts, noise = [caption(row, concept="object") for row in rows], judge.noise(24, g)
-    with_picture, without = (accuracy(judge.reader(judge.draw(context, noise)).rows, rows, OBJECT)["mean"]
+    with_picture, without = (accuracy(judge.reader(judge.draw(context, noise)).rows, rows, OBJECT_ATTRIBUTES)["mean"]
                              for context in (judge.features.contexts(prompts, shown), judge.features.contexts(prompts)))
     assert with_picture >= .85 and without <= .5
 
 
 def test_it_edits(judge):
     g = generator(8, 0)
-    edits = klein.Edits(24, ("place", "size", "backdrop", "paint"), g, held_out="object")
+    edits = Edits(24, ("place", "size", "backdrop", "paint"), g, held_out="object")
     marks, noise = draw_marks(24, g), judge.noise(24, g)
     z = judge.vae.encode(judge.reader.render(edits.sources, marks))
-    prompts = [klein.instruction(row, change) for row, change in zip(edits.targets, edits.changes)]
+    prompts = [instruction(row, change) for row, change in zip(edits.targets, edits.changes)]
     scores = of_edits(judge.reader(judge.draw(judge.features.edits(prompts, z), noise)), edits.targets, marks,
                       edits.changes)
     assert scores["changed"] >= .8 and scores["kept"] >= .9 and scores["marks"] >= .7
@@ -107,7 +107,7 @@ def test_it_edits(judge):
 def test_the_last_reference_shows_what_v_is(judge):
     """The teacher of an edit: "paint it [V]", a picture to paint, and a picture that has the paint."""
     g = generator(9, 0)
-    edits = klein.Edits(24, ("paint",), g, held_out="object")
+    edits = Edits(24, ("paint",), g, held_out="object")
     marks, noise = draw_marks(24, g), judge.noise(24, g)
     z, shown = (judge.vae.encode(judge.reader.render(rows, cells))
                 for rows, cells in ((edits.sources, marks), (edits.shown, draw_marks(24, g))))

@@ -1,4 +1,4 @@
-"""tiny/klein.py: the folder of the embedded FLUX.2-klein and what its transformer is taught."""
+"""tiny/making/klein.py: the folder of the embedded FLUX.2-klein and what its transformer is taught; tiny/edits.py."""
 from types import SimpleNamespace
 
 import pytest
@@ -13,18 +13,20 @@ from networks import flux2
 from networks.flux2 import KLEIN
 from plumbing import encoder_files
 from plumbing.checkpoints import EMBEDDED, backbone_of, recipe_of
-from plumbing.recipes import SMALL_KLEIN
 from rollout import shifted
-from tiny.making import klein, pretrain
-from tiny.making.stage import generator
-from tiny.metrics import OBJECT, Reader, Reading
+from tiny.contexts import TOKENS, ReferenceFeatures
+from tiny.edits import CHANGES, Edits, instruction
+from tiny.making import klein
+from tiny.metrics import Reader, Reading
+from tiny.models import grid_of
 from tiny.score_edits import of_edits
-from tiny.world import COLUMN, Renderer, draw_marks, draw_scenes, held_out_object, scene, to_pil
+from tiny.world import (COLUMN, OBJECT_ATTRIBUTES, Renderer, draw_marks, draw_scenes, generator, held_out_object,
+                        scene, to_pil)
 
 
 @pytest.fixture(scope="module")
-def features(tiny_klein) -> klein.Features:
-    return klein.Features(tiny_klein)
+def features(tiny_klein) -> ReferenceFeatures:
+    return ReferenceFeatures(tiny_klein)
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
@@ -33,9 +35,9 @@ def test_the_parts_load_in_other_programs(tiny_klein):
     text = Qwen3ForCausalLM.from_pretrained(tiny_klein / "text_encoder")
     vae = AutoencoderKLFlux2.from_pretrained(tiny_klein / "vae")
     assert len(tokenizer) == text.config.vocab_size and vae.bn.running_mean.shape == (4 * vae.config.latent_channels,)
-    assert backbone_of(tiny_klein) is flux2 and recipe_of(tiny_klein) is SMALL_KLEIN
+    assert backbone_of(tiny_klein) is KLEIN and recipe_of(tiny_klein) is KLEIN.recipes[1]
     embeds = Flux2KleinPipeline._get_qwen3_prompt_embeds(text, tokenizer, ["a red star"],
-                                                         max_sequence_length=klein.TOKENS,
+                                                         max_sequence_length=TOKENS,
                                                          hidden_states_layers=[1, 2, 3])
     ours = encoder_files.load(tiny_klein, "cpu", torch.float32, vlm=tiny_klein / "vlm").text_context(["a red star"])[0]
     torch.testing.assert_close(ours, embeds[0], rtol=1e-4, atol=1e-4)
@@ -77,7 +79,7 @@ def test_features_are_the_encoders(features):
     for ours, text in zip(features.contexts(prompts), theirs, strict=True):
         torch.testing.assert_close(ours.text, text, rtol=1e-4, atol=1e-4)
         assert ours.references == ()
-    assert features.texts([""]).shape == (1, klein.TOKENS, 384)
+    assert features.texts([""]).shape == (1, TOKENS, 384)
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     seen = features.contexts(prompts, pictures)
     assert torch.equal(seen[1].references[0], features.vae.encode(pictures)[1])
@@ -90,20 +92,20 @@ def test_no_prompt_is_cut(features):
     longest = "a small striped orange and purple triangle in the middle on mint in [V] style"
     for prompt in (encoder.reference_prompt(longest, 0),
                    encoder.reference_prompt("make it a striped orange and purple triangle", 1)):
-        assert len(features.ids(encoder.text_prompt(prompt, KLEIN.text_style.thought))) <= klein.TOKENS
+        assert len(features.ids(encoder.text_prompt(prompt, KLEIN.text_style.thought))) <= TOKENS
 
 
 # ------------------------------------------------------------------------------------------------------- edits
 @pytest.mark.parametrize("held_out", ["", "object"])
 def test_edits_change_what_they_say_and_nothing_else(held_out):
-    edits = klein.Edits(600, tuple(klein.CHANGES), generator(4, 0), held_out)
-    assert set(edits.changes) == set(klein.CHANGES) and len(edits.sources) == len(edits.changes) == 600
+    edits = Edits(600, tuple(CHANGES), generator(4, 0), held_out)
+    assert set(edits.changes) == set(CHANGES) and len(edits.sources) == len(edits.changes) == 600
     assert (held_out_object(edits.targets) == bool(held_out)).all()
     for source, target, shown, change in zip(edits.sources, edits.targets, edits.shown, edits.changes):
-        columns = [COLUMN[name] for name in klein.CHANGES[change]]
+        columns = [COLUMN[name] for name in CHANGES[change]]
         others = [column for column in range(9) if column not in columns]
         assert torch.equal(source[others], target[others]) and not torch.equal(source, target)
-        kept = [COLUMN[name] for name in (klein.CHANGES["paint"] if change == "paint" else OBJECT)]
+        kept = [COLUMN[name] for name in (CHANGES["paint"] if change == "paint" else OBJECT_ATTRIBUTES)]
         assert torch.equal(shown[kept], target[kept])
     if not held_out:
         assert not held_out_object(edits.shown).any()
@@ -112,18 +114,18 @@ def test_edits_change_what_they_say_and_nothing_else(held_out):
 def test_instructions():
     row = scene(shape="star", size="big", place="on the left", pattern="striped", main="orange", second="blue",
                 backdrop="mint")
-    said = {change: klein.instruction(row, change) for change in klein.CHANGES}
+    said = {change: instruction(row, change) for change in CHANGES}
     assert said == {"place": "move it to the left", "size": "make it big", "backdrop": "put it on mint",
                     "shape": "make it a star", "paint": "paint it striped orange and blue",
                     "object": "make it a striped orange and blue star"}
-    assert klein.instruction(row, "paint", concept=True) == "paint it [V]"
-    assert klein.instruction(row, "object", concept=True) == "make it [V]"
+    assert instruction(row, "paint", concept=True) == "paint it [V]"
+    assert instruction(row, "object", concept=True) == "make it [V]"
     plain = scene(shape="circle", main="red", second="red")
-    assert klein.instruction(plain, "object") == "make it a plain red circle"
+    assert instruction(plain, "object") == "make it a plain red circle"
 
 
 def test_scores_of_perfect_and_of_wrong_edits():
-    edits, reader = klein.Edits(24, ("place", "paint"), generator(5, 0), held_out="object"), Reader()
+    edits, reader = Edits(24, ("place", "paint"), generator(5, 0), held_out="object"), Reader()
     marks = draw_marks(24, generator(5, 1))
     perfect = of_edits(reader(reader.render(edits.targets, marks)), edits.targets, marks, edits.changes)
     assert perfect["changed"] == perfect["kept"] == 1 and perfect["marks"] > .8         # hidden cells count as unmarked
@@ -135,7 +137,7 @@ def test_scores_of_perfect_and_of_wrong_edits():
 
 # ------------------------------------------------------------------------------------------------------- lessons
 class Recorder:
-    """Stands in for `Features`: contexts whose text is the prompt's number, prompts are kept."""
+    """Stands in for `ReferenceFeatures`: contexts whose text is the prompt's number, prompts are kept."""
 
     def __init__(self) -> None:
         self.prompts: list[list[str]] = []
@@ -151,7 +153,7 @@ class Recorder:
 
 
 def test_lessons(monkeypatch):
-    monkeypatch.setattr(klein, "Features", lambda folder: Recorder())
+    monkeypatch.setattr(klein, "ReferenceFeatures", lambda folder: Recorder())
     lessons = klein.Lessons("nowhere", 400, seed=1, rank=0)
     references = {"text": 0, "concept": 1, "style": 1, "edit": 1, "insert": 2}
     told_references = {"text": 0, "concept": 0, "style": 0, "edit": 1, "insert": 1}
@@ -173,7 +175,7 @@ def test_the_heads_leave_the_transformer_as_it_is():
     lessons, network = object.__new__(klein.Lessons), flux2.Flux2Transformer(klein.CONFIG)
     taught = lessons.network()
     missing, unexpected = taught.load_state_dict(network.state_dict(), strict=False)
-    heads = {f"glances.{name}.{part}" for name in OBJECT for part in ("weight", "bias")}
+    heads = {f"glances.{name}.{part}" for name in OBJECT_ATTRIBUTES for part in ("weight", "bias")}
     assert not unexpected and set(missing) == heads
     g = generator(6, 0)
     x, context = torch.randn(2, 8, 16, 16, generator=g), [Context(torch.randn(3, 384, generator=g))] * 2
@@ -199,7 +201,7 @@ def test_glance_reads_the_last_reference():
 
 def test_an_edits_pictures_share_their_marks(monkeypatch):
     """Where source and target look alike, all is equal: the marks are the same."""
-    monkeypatch.setattr(klein, "Features", lambda folder: Recorder())
+    monkeypatch.setattr(klein, "ReferenceFeatures", lambda folder: Recorder())
     pool = klein.Lessons("nowhere", 400, seed=1, rank=0).pools["edit"]
     same = [(a == b).float().mean() for a, b, change in zip(pool["x0"], pool["source"], pool["changes"])
             if change == "size"]
@@ -210,7 +212,7 @@ def test_the_grid_is_the_samplers():
     sigmas = klein.Lessons.grid(4)
     shift = float(sigmas[2] / (1 - sigmas[2]))
     torch.testing.assert_close(sigmas[:-1], shifted(torch.tensor([1, .75, .5, .25]), shift))
-    assert torch.equal(pretrain.grid_of(flux2.Flux2Transformer(klein.CONFIG), 4), sigmas)
+    assert torch.equal(grid_of(flux2.Flux2Transformer(klein.CONFIG), 4), sigmas)
 
 
 def test_muon_gets_the_matrices_of_the_blocks():

@@ -13,9 +13,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from encoder import image_text_prompt, text_prompt
 from model import scheduler_shift
 from rollout import sigma_grid
-from tiny.making import distill, pretrain, stage, train_vlm, vlm
+from tiny.contexts import patches
+from tiny.making import distill, pretrain, stage, train_vlm
 from tiny.making.stage import Stage
-from tiny.world import ATTRIBUTES, COLUMN, caption, draw_scenes, scene, to_pil, words
+from tiny.making.tokenizer import build_tokenizer
+from tiny.models import Z_IMAGE_SCHEDULER, guided
+from tiny.world import ATTRIBUTES, COLUMN, caption, draw_scenes, generator, other_view, scene, to_pil, words
 
 CONCEPT = ["<V1>", "<V2>", "<V3>", "<V4>"]
 
@@ -27,7 +30,7 @@ def seeded(seed: int) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------- patches and tokenizer
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return vlm.build_tokenizer()
+    return build_tokenizer()
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
@@ -42,7 +45,7 @@ def test_patches_are_those_of_the_image_processor():
                                          image_std=[.5] * 3, size={"shortest_edge": 4096, "longest_edge": 4096})
     expected = processor(images=[to_pil(picture) for picture in pictures], return_tensors="pt")
     assert expected["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
-    ours = vlm.patches(pictures)
+    ours = patches(pictures)
     assert ours.shape == expected["pixel_values"].shape == (3 * 64, 384)
     torch.testing.assert_close(ours, expected["pixel_values"], atol=.51 / 127.5, rtol=0)
 
@@ -102,7 +105,7 @@ def test_the_words_of_a_concept_are_found(tokenizer, kind):
 def test_another_view_shares_the_concept_only():
     for kind, shared in (("object", (0, 3, 4, 5)), ("style", (7, 8))):
         rows = train_vlm.draw_concepts(800, seeded(2), kind)
-        views = train_vlm.other_view(rows, kind, seeded(3))
+        views = other_view(rows, kind, seeded(3))
         assert torch.equal(views[:, shared], rows[:, shared])
         assert float((views == rows).all(1).float().mean()) == pytest.approx(.25, abs=.05)
         other = (views != rows).any(1)
@@ -123,7 +126,7 @@ class Quadratic(nn.Module):
 
 
 def target(step: int) -> list[Tensor]:
-    return [torch.randn(start.shape, generator=stage.generator(0, step)) for start in START]
+    return [torch.randn(start.shape, generator=generator(0, step)) for start in START]
 
 
 def distance(parameters: list[Tensor], step: int) -> Tensor:
@@ -288,9 +291,9 @@ def test_processes_share_the_mean_of_their_gradients(tmp_path, monkeypatch):
 
 
 def test_generators_depend_on_seed_and_step():
-    draws = {torch.rand(1, generator=stage.generator(seed, step)).item() for seed in range(3) for step in range(20)}
+    draws = {torch.rand(1, generator=generator(seed, step)).item() for seed in range(3) for step in range(20)}
     assert len(draws) == 60
-    assert torch.rand(1, generator=stage.generator(2, 5)) == torch.rand(1, generator=stage.generator(2, 5))
+    assert torch.rand(1, generator=generator(2, 5)) == torch.rand(1, generator=generator(2, 5))
 
 
 # ------------------------------------------------------------------------------------------ pre-training, distillation
@@ -309,7 +312,7 @@ class Toy:
 def test_guidance(guidance, calls):
     x, toy = torch.randn(2, 3, 4, 4, generator=seeded(5)), Toy()
     context, empty = [torch.full((2, 1), 3.0), torch.full((1, 1), -1.0)], [torch.full((1, 1), .5)] * 2
-    v = pretrain.guided(toy, context, empty, guidance)(x, .7)
+    v = guided(toy, context, empty, guidance)(x, .7)
     base, told = .7 * x + .5, .7 * x + torch.tensor([6.0, -1.0]).view(2, 1, 1, 1)
     torch.testing.assert_close(v, (1 - guidance) * base + guidance * told)
     assert toy.calls == calls
@@ -330,7 +333,7 @@ def test_noise_levels_follow_the_samplers_time():
 def test_a_segment_of_a_straight_line_is_crossed_exactly(k):
     """v = (x - x0) / sigma points along the line from eps to x0, so any number of Euler steps ends on the line."""
     x0, eps = torch.randn(2, 2, 3, 4, 4, generator=seeded(7))
-    sigmas = sigma_grid(scheduler_shift(pretrain.SCHEDULER), 4)
+    sigmas = sigma_grid(scheduler_shift(Z_IMAGE_SCHEDULER), 4)
     seen: list[float] = []
 
     def teacher(x: Tensor, sigma: float) -> Tensor:
@@ -348,8 +351,8 @@ def test_the_teachers_substeps_are_those_of_the_sampler():
     seen: list[float] = []
     for k in range(4):
         distill.cross(lambda x, sigma: seen.append(sigma) or x, torch.zeros(1, 1, 1, 1), k)
-    assert seen[:6] == pytest.approx(sigma_grid(scheduler_shift(pretrain.SCHEDULER), 8)[:6].tolist())
-    assert seen[6:] == pytest.approx(sigma_grid(scheduler_shift(pretrain.SCHEDULER), 24)[18:-1].tolist())
+    assert seen[:6] == pytest.approx(sigma_grid(scheduler_shift(Z_IMAGE_SCHEDULER), 8)[:6].tolist())
+    assert seen[6:] == pytest.approx(sigma_grid(scheduler_shift(Z_IMAGE_SCHEDULER), 24)[18:-1].tolist())
 
 
 def test_muon_gets_attention_and_feed_forward_only():

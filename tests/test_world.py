@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tiny import world
-from tiny.metrics import OBJECT, Reader, accuracy, fidelity, told_accuracy
-from tiny.world import ATTRIBUTES, COLUMN, Renderer, caption, draw_marks, draw_scenes, scene, to_pil
+from tiny.metrics import Reader, accuracy, fidelity, told_accuracy
+from tiny.world import ATTRIBUTES, COLUMN, OBJECT_ATTRIBUTES, Renderer, caption, draw_marks, draw_scenes, scene, to_pil
 
 FINE = 16                                                               # Pillow draws at 16 times the size
 RED, BLUE, GREEN, YELLOW, WHITE = (214, 40, 40), (40, 90, 210), (46, 150, 70), (250, 215, 60), (250, 250, 250)
@@ -240,7 +240,7 @@ def test_half_of_the_captions_leave_something_open():
                          [("", False, False), ("object", True, False), ("style", False, True)])
 def test_held_out_concepts_are_drawn_only_when_asked_for(held_out, object_is_new, style_is_new):
     rows = draw_scenes(3000, seeded(5), held_out=held_out)
-    shape, pattern, main, second = (rows[:, COLUMN[name]] for name in OBJECT)
+    shape, pattern, main, second = (rows[:, COLUMN[name]] for name in OBJECT_ATTRIBUTES)
     assert (world.HELD_OUT_OBJECTS[shape, pattern, main, second] == object_is_new).all()
     styles = {(ATTRIBUTES["line"][line], ATTRIBUTES["texture"][texture]) for line, texture in rows[:, 7:].tolist()}
     new = {("chalk", "checked"), ("ink", "crossed"), ("teal", "ruled")}

@@ -18,27 +18,30 @@ from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import write_json
 from plumbing.program import run
 from rollout import sample
-from tiny.making.pretrain import grid_of, guided, lessons_of, load_features
-from tiny.making.stage import generator
-from tiny.making.train_vlm import other_view
-from tiny.metrics import OBJECT, Reader, accuracy, told_accuracy, whole
-from tiny.world import COLUMN, caption, draw_scenes, grid, random_tell
+from tiny.contexts import load_features
+from tiny.metrics import Reader, accuracy, told_accuracy, whole
+from tiny.models import base_of, grid_of, guided
+from tiny.world import COLUMN, OBJECT_ATTRIBUTES, caption, draw_scenes, generator, grid, other_view, random_tell
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--base", type=Path, help="folder with the undistilled transformer/; default: that "
-                        "beside the embedded model of the same kind")
-    parser.add_argument("--out", type=Path, default=Path("out/tiny/evaluate"))
-    parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--model", type=Path, default=EMBEDDED,
+                        help="checkpoint folder of the embedded kind; default tiny/model")
+    parser.add_argument("--base", type=Path, help="folder with the transformer/ before distillation; default "
+                        "tiny/base or tiny/flux2_base, whichever belongs to the model")
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/evaluate"),
+                        help="folder for report.json and the pictures; default out/tiny/evaluate")
+    parser.add_argument("--prompts", type=int, default=500,
+                        help="number of ordinary prompts, about objects that training never drew; default 500")
+    parser.add_argument("--seed", type=int, default=100,
+                        help="random seed for the prompts, the teacher's pictures and the noise; default 100")
     options = parser.parse_args()
 
     backbone = backbone_of(options.model)
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
     student, base = (backbone.load(folder, "cpu", torch.float32)
-                     for folder in (options.model, options.base or lessons_of(options.model).base))
+                     for folder in (options.model, options.base or base_of(options.model)))
     walkers = {"shipped, 4 steps": (student, 4, 1.0), "base, 4 steps": (base, 4, 1.0),
                "base, 4 steps, guidance 2": (base, 4, 2.0), "base, 16 steps, guidance 2": (base, 16, 2.0)}
 
@@ -80,7 +83,8 @@ def main() -> None:
 def of_objects(reading, truth: Tensor) -> dict[str, float]:
     """Accuracy of each attribute of the object, how many objects are wholly right, the backdrop that the prompt asked
     for, and the distance to the world."""
-    return {**accuracy(reading.rows, truth, OBJECT), "whole objects right": whole(reading.rows, truth, "object"),
+    return {**accuracy(reading.rows, truth, OBJECT_ATTRIBUTES),
+            "whole objects right": whole(reading.rows, truth, "object"),
             "backdrop": accuracy(reading.rows, truth, ("backdrop",))["mean"],
             "distance": float(reading.distance.mean())}
 

@@ -15,11 +15,9 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from tiny.world import ATTRIBUTES, CELL, COLUMN, SHADE, SIDE, Renderer, marked
+from tiny.world import ATTRIBUTES, CELL, COLUMN, CONCEPT_ATTRIBUTES, SHADE, SIDE, STYLE_ATTRIBUTES, Renderer, marked
 
 ARRANGEMENT = ("shape", "size", "place", "pattern", "line")                     # what decides the regions of the object
-OBJECT = ("shape", "pattern", "main", "second")                                 # what a concept [V] stands for
-STYLE = ("line", "texture")
 FINALISTS = 8                                                                   # arrangements that are looked at twice
 
 
@@ -146,7 +144,7 @@ def accuracy(reading: Tensor, truth: Tensor, names: tuple[str, ...] = tuple(ATTR
 
 def told_names(tell: tuple[str, ...]) -> list[str]:
     """The attributes that a prompt mentions ("style" counts as line and texture)."""
-    names = ["shape", *(name for name in tell if name != "style"), *(STYLE if "style" in tell else ())]
+    names = ["shape", *(name for name in tell if name != "style"), *(STYLE_ATTRIBUTES if "style" in tell else ())]
     return names + (["second"] if "pattern" in tell and "main" in tell else [])
 
 
@@ -160,10 +158,10 @@ def told_accuracy(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]]) -
 
 def whole(reading: Tensor, truth: Tensor, kind: str) -> float:
     """The share of pictures in which every attribute of the concept is right."""
-    columns = [COLUMN[name] for name in (OBJECT if kind == "object" else STYLE)]
+    columns = [COLUMN[name] for name in CONCEPT_ATTRIBUTES[kind]]
     return float((reading[:, columns] == truth[:, columns]).all(1).float().mean())
 
 
 def fidelity(reading: Tensor, truth: Tensor, kind: str) -> float:
     """Concept fidelity in [0, 1]: the share of the concept's attributes that are right, over pictures."""
-    return accuracy(reading, truth, OBJECT if kind == "object" else STYLE)["mean"]
+    return accuracy(reading, truth, CONCEPT_ATTRIBUTES[kind])["mean"]

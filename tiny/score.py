@@ -19,20 +19,20 @@ from torch import Tensor
 import data
 import lora
 from networks import vae as autoencoder
+from plumbing import lora_files
 from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError, write_json
 from plumbing.pictures import crop, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
+from tiny.contexts import load_features
 from tiny.evaluate import draw
-from tiny.making.pretrain import load_features
-from tiny.making.stage import generator
-from tiny.making.train_vlm import SLOTS
-from tiny.metrics import OBJECT, STYLE, Reader, Reading, accuracy, fidelity, told_accuracy, whole
-from tiny.world import ATTRIBUTES, COLUMN, SIDE, caption, draw_scenes, random_tell
+from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, whole
+from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, STYLE_ATTRIBUTES, caption,
+                        draw_scenes, generator, random_tell)
 
 # What a caption with [V] says besides: objects are drawn without a style, so their caption is silent about it.
-REST = {"object": tuple(name for name in ATTRIBUTES if name not in OBJECT + STYLE),
-        "style": tuple(name for name in ATTRIBUTES if name not in STYLE)}
+REST = {"object": tuple(name for name in ATTRIBUTES if name not in OBJECT_ATTRIBUTES + STYLE_ATTRIBUTES),
+        "style": tuple(name for name in ATTRIBUTES if name not in STYLE_ATTRIBUTES)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:
 def new_scenes(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Tensor:
     """Scenes (count, 9) with the concept; everything else is drawn."""
     rows = draw_scenes(count, g, styled=0.0)
-    columns = [COLUMN[name] for name in SLOTS[kind]]
+    columns = [COLUMN[name] for name in CONCEPT_ATTRIBUTES[kind]]
     rows[:, columns] = concept[columns]
     return rows
 
@@ -108,7 +108,7 @@ def adapters(entries: list[str], net: torch.nn.Module) -> dict[str, lora.Adapter
         name, _, file = entry.rpartition("=")
         if not name:
             raise InputError(f"--lora {entry}: no name; write NAME=FILE")
-        found[name] = lora.load(Path(file), net)
+        found[name] = lora_files.load(Path(file), net)
     return found
 
 
@@ -129,13 +129,19 @@ def of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--data", required=True, help="folder that the adapters were trained on")
-    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE", help="adapter to score; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("out/score"))
-    parser.add_argument("--concept-prompts", type=int, default=80)
-    parser.add_argument("--ordinary-prompts", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=EMBEDDED,
+                        help="checkpoint folder of the embedded kind; default tiny/model")
+    parser.add_argument("--data", required=True, help="data folder that the adapters were trained on")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE",
+                        help="adapter to score, under a name for the report; repeatable")
+    parser.add_argument("--out", type=Path, default=Path("out/score"),
+                        help="folder for scores.json and panel.png; default out/score")
+    parser.add_argument("--concept-prompts", type=int, default=80,
+                        help="number of new prompts with [V]; default 80")
+    parser.add_argument("--ordinary-prompts", type=int, default=200,
+                        help="number of prompts without [V]; default 200")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="random seed for the scored prompts and their noise; default 0")
     options = parser.parse_args()
 
     judge = Judge(options.model)

@@ -41,9 +41,17 @@ ATTRIBUTES = {"shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES), "pa
               "main": tuple(COLOURS), "second": tuple(COLOURS), "backdrop": tuple(BACKDROPS), "line": tuple(LINES),
               "texture": TEXTURES}
 COLUMN = {name: index for index, name in enumerate(ATTRIBUTES)}
+OBJECT_ATTRIBUTES = ("shape", "pattern", "main", "second")                # what a concept [V] stands for: an object ...
+STYLE_ATTRIBUTES = ("line", "texture")                                    # ... or a style
+CONCEPT_ATTRIBUTES = {"object": OBJECT_ATTRIBUTES, "style": STYLE_ATTRIBUTES}
 HELD_OUT_STYLES = {("chalk", "checked"), ("ink", "crossed"), ("teal", "ruled")}
 HELD_OUT_OBJECTS = torch.rand(len(SHAPES), len(PATTERNS), len(COLOURS), len(COLOURS),
                               generator=torch.Generator().manual_seed(2605)) < 0.06
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """CPU generator that depends on (seed, step) only."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 # ------------------------------------------------------------------------------------------------------ scenes
@@ -55,16 +63,16 @@ def scene(**words: str) -> Tensor:
     return row
 
 
-def draw_scenes(count: int, generator: torch.Generator, styled: float = 0.3, held_out: str = "") -> Tensor:
+def draw_scenes(count: int, g: torch.Generator, styled: float = 0.3, held_out: str = "") -> Tensor:
     """`count` random scenes (count, 9). held_out: "" draws none of the held-out concepts, "object" draws only held-out
     objects, "style" only held-out styles. Plain objects have second == main."""
     kept, found = [], 0
     while found < count:
-        rows = torch.stack([torch.randint(len(choices), (4096,), generator=generator)
+        rows = torch.stack([torch.randint(len(choices), (4096,), generator=g)
                             for choices in ATTRIBUTES.values()], 1)
         plain = rows[:, COLUMN["pattern"]] == 0
         rows[plain, COLUMN["second"]] = rows[plain, COLUMN["main"]]
-        unstyled = torch.rand(4096, generator=generator) >= (1.0 if held_out == "style" else styled)
+        unstyled = torch.rand(4096, generator=g) >= (1.0 if held_out == "style" else styled)
         rows[unstyled, COLUMN["line"]:] = 0
         rows = rows[plain | (rows[:, COLUMN["second"]] != rows[:, COLUMN["main"]])]
         new_object, new_style = held_out_object(rows), held_out_style(rows)
@@ -76,7 +84,7 @@ def draw_scenes(count: int, generator: torch.Generator, styled: float = 0.3, hel
 
 def held_out_object(rows: Tensor) -> Tensor:
     """(n, 9) -> (n,) bool: the object is one of those that pre-training never draws."""
-    return HELD_OUT_OBJECTS[tuple(rows[:, COLUMN[name]] for name in ("shape", "pattern", "main", "second"))]
+    return HELD_OUT_OBJECTS[tuple(rows[:, COLUMN[name]] for name in OBJECT_ATTRIBUTES)]
 
 
 def held_out_style(rows: Tensor) -> Tensor:
@@ -88,10 +96,27 @@ def held_out_style(rows: Tensor) -> Tensor:
     return found
 
 
+def other_view(rows: Tensor, kind: str, g: torch.Generator) -> Tensor:
+    """Scenes with the same concept and everything else drawn anew (a quarter of them are kept as they are).
+
+    kind: of the concept, "object" or "style".
+    """
+    fresh = draw_scenes(len(rows), g)
+    shared = [COLUMN[name] for name in CONCEPT_ATTRIBUTES[kind]]
+    fresh[:, shared] = rows[:, shared]
+    same = torch.rand(len(rows), generator=g) < 0.25
+    return torch.where(same[:, None], rows, fresh)
+
+
 # ---------------------------------------------------------------------------------------------------- captions
 def words(row: Tensor) -> dict[str, str]:
     """(9,) attribute indices -> attribute words."""
     return {name: ATTRIBUTES[name][index] for name, index in zip(ATTRIBUTES, row.tolist())}
+
+
+def article(noun: str) -> str:
+    """ "a star", "an orange star"."""
+    return ("an " if noun[0] in "aeio" else "a ") + noun
 
 
 def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "place", "backdrop", "style"),
@@ -112,7 +137,7 @@ def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "pl
             noun = f"{word['pattern']} {noun}"
     if "size" in tell:
         noun = f"{word['size']} {noun}"
-    text = ("an " if noun[0] in "aeio" else "a ") + noun
+    text = article(noun)
     if "place" in tell:
         text += f" {word['place']}"
     if "backdrop" in tell:
@@ -122,12 +147,12 @@ def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "pl
     return text
 
 
-def random_tell(generator: torch.Generator, place: float = 0.9) -> tuple[str, ...]:
+def random_tell(g: torch.Generator, place: float = 0.9) -> tuple[str, ...]:
     """What a caption mentions: about half of the captions leave something open. The style is always told.
 
     place: the chance that the place is told.
     """
-    u = torch.rand(5, generator=generator).tolist()
+    u = torch.rand(5, generator=g).tolist()
     tell = ["style"]
     tell += ["size"] if u[0] < 0.9 else []
     tell += ["place"] if u[1] < place else []
@@ -136,11 +161,11 @@ def random_tell(generator: torch.Generator, place: float = 0.9) -> tuple[str, ..
     return tuple(tell)
 
 
-def random_prompts(rows: Tensor, generator: torch.Generator) -> list[str]:
+def random_prompts(rows: Tensor, g: torch.Generator) -> list[str]:
     """Training captions of scenes (n, 9): some are empty, and some say [V], of which there is no picture."""
-    chance, prompts = torch.rand(len(rows), generator=generator).tolist(), []
+    chance, prompts = torch.rand(len(rows), generator=g).tolist(), []
     for row, u in zip(rows, chance):
-        tell = random_tell(generator, PLACE_TOLD)
+        tell = random_tell(g, PLACE_TOLD)
         prompts.append("" if u < 0.08 else caption(row, tell, concept="object") if u < 0.13
                        else caption(row, tell, concept="style") if u < 0.15 else caption(row, tell))
     return prompts
@@ -221,9 +246,9 @@ def _texture_masks() -> Tensor:
     return torch.stack([spot, rule, check, cross]).float()
 
 
-def draw_marks(count: int, generator: torch.Generator) -> Tensor:
+def draw_marks(count: int, g: torch.Generator) -> Tensor:
     """(count, 8, 8) in {0, 1}: the cells that carry a mark, each with probability 1/2."""
-    return torch.randint(2, (count, SIDE // CELL, SIDE // CELL), generator=generator).float()
+    return torch.randint(2, (count, SIDE // CELL, SIDE // CELL), generator=g).float()
 
 
 def marked(masks: Tensor, marks: Tensor) -> Tensor:
@@ -267,9 +292,9 @@ class Renderer:
                                self.colours[rows[:, COLUMN["second"]]], self.lines[rows[:, COLUMN["line"]]]], 1)
         return einsum(self.regions(rows, marks), colours + 1, "n r h w, n r c -> n c h w") - 1
 
-    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, rows: Tensor, g: torch.Generator) -> Tensor:
         """Pictures (n, 3, 64, 64) of scenes (n, 9), with random marks on their backdrops."""
-        return self(rows, draw_marks(len(rows), generator))
+        return self(rows, draw_marks(len(rows), g))
 
 
 def to_pil(picture: Tensor) -> Image.Image:

@@ -18,20 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import compile_blocks
+from plumbing.backbone import compile_blocks
 from plumbing.checkpoints import backbone_of
 from plumbing.files import write_json, write_tensors
 from rollout import euler, sample, shifted
-from tiny.making.pretrain import BACKBONES, SCHEDULER, Lessons, add_backbone, guided
-from tiny.making.stage import Stage, generator, join
-from tiny.world import caption, draw_scenes, grid, random_tell
+from tiny.making.pretrain import LESSONS, Lessons, add_backbone
+from tiny.making.stage import Stage, join
+from tiny.models import Z_IMAGE_SCHEDULER, guided
+from tiny.world import caption, draw_scenes, generator, grid, random_tell
 
 STEPS, GUIDANCE = 4, 2.0
 SUBSTEPS = (2, 2, 2, 6)          # of the teacher in each segment; the marks on the backdrop are decided in the last one
 
 
 @torch.no_grad()
-def cross(teacher, x: Tensor, k: int, shift: float = SCHEDULER["shift"]) -> Tensor:
+def cross(teacher, x: Tensor, k: int, shift: float = Z_IMAGE_SCHEDULER["shift"]) -> Tensor:
     """Where the teacher arrives from x (B, C, H, W) at the start of segment k, after SUBSTEPS[k] guided Euler steps.
 
     shift: of the student's grid, whose segments are divided.
@@ -46,15 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_backbone(parser)
     parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-distill")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and noise")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
     options = parser.parse_args()
 
     rank, processes = join()
     torch.manual_seed(options.seed)
-    kind = BACKBONES[options.backbone]
+    kind = LESSONS[options.backbone]
     folder, base = options.model or kind.folder, options.base or kind.base
     out = options.out or Path("out/tiny") / f"{options.backbone}-distill"
     lessons = kind(folder, 0, options.seed + 20, rank)

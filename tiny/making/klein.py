@@ -1,9 +1,9 @@
 """The embedded FLUX.2-klein: what it shares with the embedded Z-Image, and what it is taught.
 
-`python -m tiny.making.klein` puts together tiny/flux2 without its transformer, in a minute: the VAE of tiny/model with the
-BatchNorm statistics of FLUX.2, its text encoder and VLM with tokens for the words of instructions, FLUX.2's schedule.
-Then `tiny.pretrain` and `tiny.distill` with `--backbone flux2` make the transformer. It reads reference images, so it
-is taught more than its sibling:
+`python -m tiny.making.klein` puts together tiny/flux2 without its transformer, in a minute: the VAE of tiny/model with
+the BatchNorm statistics of FLUX.2, its text encoder and VLM with tokens for the words of instructions, FLUX.2's
+schedule. Then pretrain.py and distill.py with `--backbone flux2` make the transformer. It reads reference images, so
+it is taught more than its sibling:
 - text: captions that leave much open;
 - concept: "[V]" and a picture of the concept as reference, mostly another view of it;
 - edit: a picture and "move it to the left", "make it red", "put it on mint": all else stays, the marks of the backdrop
@@ -15,7 +15,6 @@ import argparse
 import re
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,32 +23,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import encoder
-from encoder import reference_prompt, text_prompt
+from encoder import reference_prompt
 from model import Context
 from networks import flux2
 from networks import vae as autoencoder
-from plumbing.files import ROOT, read_json, tensors, write_json, write_tensors
-from tiny.making.stage import generator
-from tiny.making.train_vlm import draw_concepts, glance, other_view
-from tiny.making.vlm import WIDTH
-from tiny.metrics import OBJECT
-from tiny.world import (ATTRIBUTES, COLUMN, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
-                        held_out_object, random_prompts, random_tell, words)
+from plumbing.files import read_json, tensors, write_json, write_tensors
+from tiny.contexts import TOKENS, WIDTH, ReferenceFeatures
+from tiny.edits import CHANGES, Edits, instruction
+from tiny.making.train_vlm import draw_concepts, glance
+from tiny.models import FLUX2_BASE, FLUX2_FOLDER, FLUX2_SCHEDULER, Z_IMAGE_FOLDER, flux2_grid
+from tiny.world import (ATTRIBUTES, OBJECT_ATTRIBUTES, PLACE_TOLD, SIDE, Renderer, caption, draw_marks, draw_scenes,
+                        generator, other_view, random_prompts, random_tell)
 
 CONFIG = {"_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.0", "patch_size": 1, "in_channels": 32,
           "out_channels": None, "num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
           "num_attention_heads": 4, "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 128,
           "mlp_ratio": 3.0, "axes_dims_rope": [4, 10, 10, 8], "rope_theta": 64, "eps": 1e-6, "guidance_embeds": False}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.37.0",
-             "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
-             "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-             "max_image_seq_len": 4096}
 INDEX = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0", "is_distilled": True,
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
          "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"]}
-TOKENS = 56                                   # of every text context; the longest prompt of this world has about 50
 NEW_WORDS = ("Keep", "subject", "background", "composition", "of", "reference", "image", "The", "last", "shows",
              "wanted", "result", "make", "move", "paint", "put", "it", "to")
 THOUGHT = ("<think>", "</think>")
@@ -58,9 +51,8 @@ NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<t
 # Hidden states of tiny/model are about 45 in size. Z-Image has a norm in front of them, FLUX.2 has none: a first
 # attempt carried words 30 times as large as pictures through all blocks, and these could not add to them.
 RESIDUAL = 1 / 64
-SQUARES = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
-GOAL = {"in the middle": "middle", "on the left": "left", "on the right": "right", "at the top": "top",
-        "at the bottom": "bottom"}
+# How FLUX.2 packs latents into squares and normalises them; in the config of its VAE.
+LATENT_NORM = {"patch_size": [2, 2], "batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1}
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
@@ -93,7 +85,7 @@ def assemble(source: Path, folder: Path, pictures: int = 4096) -> None:
     weights[name] = torch.cat([weights[name][:old], fresh])                                   # new words, never trained
     write_tensors(folder / "text_encoder" / "model.safetensors", weights, {"format": "pt"})
     assemble_vae(source, folder, pictures)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "scheduler" / "scheduler_config.json", FLUX2_SCHEDULER)
     write_json(folder / "transformer" / "config.json", CONFIG)
     write_json(folder / "model_index.json", INDEX)
 
@@ -110,106 +102,15 @@ def assemble_vae(source: Path, folder: Path, pictures: int) -> None:
     config = read_json(source / "vae" / "config.json")
     kept = {key: value for key, value in config.items()
             if key not in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
-    write_json(folder / "vae" / "config.json", {**kept, "_class_name": "AutoencoderKLFlux2", **SQUARES})
+    write_json(folder / "vae" / "config.json", {**kept, "_class_name": "AutoencoderKLFlux2", **LATENT_NORM})
     weights, vae, g = dict(tensors(source / "vae")), autoencoder.load(source, "cpu"), generator(8, 0)
     render = Renderer()
     with torch.no_grad():
-        packed = torch.cat([flux2.pack(vae.posterior(render.draw(draw_scenes(64, g), g))[0]).flatten(0, 1)
+        packed = torch.cat([flux2.to_tokens(vae.posterior(render.draw(draw_scenes(64, g), g))[0]).flatten(0, 1)
                             for _ in tqdm(range(pictures // 64), desc="statistics of latents")])  # (n, 4 C)
     weights |= {"bn.running_mean": packed.mean(0), "bn.running_var": packed.var(0),
                 "bn.num_batches_tracked": torch.tensor(1)}
     write_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
-
-
-# ------------------------------------------------------------------------------------------------------- contexts
-class Features:
-    """Both contexts of Eq. 4 for training batches; equal to encoder.py's, which asks for prompts that are not empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self.vae = autoencoder.load(folder, "cpu")
-        self.reader = encoder.load(folder, "cpu", torch.float32, style=encoder.KLEIN)
-        self.ids = lru_cache(maxsize=100_000)(lambda text: tuple(self.reader.tokenizer(text).input_ids))
-
-    @torch.no_grad()
-    def texts(self, prompts: list[str]) -> Tensor:
-        """(B, TOKENS, 3 * WIDTH)."""
-        rows = [self.ids(text_prompt(prompt, encoder.KLEIN.thought)) for prompt in prompts]
-        assert max(map(len, rows)) <= TOKENS, max(prompts, key=len)
-        padding = self.reader.tokenizer.pad_token_id
-        ids = torch.tensor([row + (padding,) * (TOKENS - len(row)) for row in rows])
-        real = torch.tensor([[1] * len(row) + [0] * (TOKENS - len(row)) for row in rows])
-        hidden = self.reader.text(input_ids=ids, attention_mask=real, use_cache=False,
-                                  output_hidden_states=True).hidden_states
-        return torch.cat([hidden[layer] for layer in self.reader.layers], dim=-1)
-
-    def contexts(self, prompts: list[str], pictures: Tensor | None = None) -> list[Context]:
-        """Of prompts alone, or as the teacher sees them, with pictures (B, 3, 64, 64) as reference images."""
-        if pictures is None:
-            return [Context(text) for text in self.texts(prompts)]
-        return self.edits([reference_prompt(prompt, 0) for prompt in prompts], self.vae.encode(pictures))
-
-    def edits(self, prompts: list[str], *references: Tensor) -> list[Context]:
-        """Prompts as they are, each with a row of every one of `references`, latents (B, C, h, w), in this order."""
-        return [Context(text, latents)
-                for text, latents in zip(self.texts(prompts), zip(*references, strict=True), strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------------- instructions
-def article(noun: str) -> str:
-    return ("an " if noun[0] in "aeio" else "a ") + noun
-
-
-def paint_words(row: Tensor) -> str:
-    """ "striped red and blue" or "plain red"."""
-    word = words(row)
-    return f"plain {word['main']}" if word["pattern"] == "plain" else \
-        f"{word['pattern']} {word['main']} and {word['second']}"
-
-
-def instruction(row: Tensor, change: str, concept: bool = False) -> str:
-    """What to do so that the object becomes that of row (9,); concept: [V] stands for what a picture shows."""
-    word = words(row)
-    return {"place": f"move it to the {GOAL[word['place']]}", "size": f"make it {word['size']}",
-            "backdrop": f"put it on {word['backdrop']}", "shape": f"make it {article(word['shape'])}",
-            "paint": "paint it [V]" if concept else f"paint it {paint_words(row)}",
-            "object": "make it [V]" if concept else f"make it {article(paint_words(row) + ' ' + word['shape'])}",
-            }[change]
-
-
-CHANGES = {"place": ("place",), "size": ("size",), "backdrop": ("backdrop",), "shape": ("shape",),
-           "paint": ("pattern", "main", "second"), "object": ("shape", "pattern", "main", "second")}
-
-
-def changed(rows: Tensor, fresh: Tensor, change: str) -> Tensor:
-    """Scenes (n, 9) with the attributes of `change` taken from `fresh` (n, 9)."""
-    result, columns = rows.clone(), [COLUMN[name] for name in CHANGES[change]]
-    result[:, columns] = fresh[:, columns]
-    return result
-
-
-class Edits:
-    """Random edits. sources, targets: scenes (n, 9); changes: n keys of CHANGES; shown (n, 9): other scenes with the
-    object of the target or, where the change is "paint", its colours; a quarter of them are the targets themselves."""
-
-    def __init__(self, count: int, names: tuple[str, ...], g: torch.Generator, held_out: str = "") -> None:
-        """held_out "object": the targets' objects are ones that no stage of training draws."""
-        sources, targets, changes = [], [], []
-        while sum(map(len, sources)) < count:
-            source, fresh = draw_scenes(1024, g), draw_scenes(1024, g, held_out=held_out)
-            if held_out:                                  # an object that is only moved is the same before
-                source[::2] = draw_scenes(512, g, held_out=held_out)
-            which, target = torch.randint(len(names), (1024,), generator=g), source.clone()
-            for number, name in enumerate(names):
-                target[which == number] = changed(source, fresh, name)[which == number]
-            kept = (held_out_object(target) == (held_out == "object")) & (target != source).any(1)
-            sources.append(source[kept]), targets.append(target[kept]), changes.append(which[kept])
-        self.sources, self.targets = torch.cat(sources)[:count], torch.cat(targets)[:count]
-        self.changes = [names[i] for i in torch.cat(changes)[:count].tolist()]
-        other = draw_scenes(count, g)
-        paint = torch.tensor([name == "paint" for name in self.changes])[:, None]
-        other = torch.where(paint, changed(other, self.targets, "paint"), changed(other, self.targets, "object"))
-        same = (torch.rand(count, generator=g) < 0.25) | (held_out_object(other) & (not held_out))
-        self.shown = torch.where(same[:, None], self.targets, other)
 
 
 # ------------------------------------------------------------------------------------------------------- lessons
@@ -236,12 +137,12 @@ class Lesson:
 class Lessons:
     """Batches of the tasks above: latents x0 (B, C, h, w) with contexts; the latents are encoded once, at the start."""
 
-    config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = ROOT / "tiny" / "flux2", ROOT / "tiny" / "flux2_base"
+    config, scheduler, index = CONFIG, FLUX2_SCHEDULER, INDEX
+    folder, base, grid = FLUX2_FOLDER, FLUX2_BASE, staticmethod(flux2_grid)
 
     def __init__(self, folder: Path, pool: int, seed: int, rank: int) -> None:
         """pool: about how many pictures are kept; 0 for stage 4, for which fewer will do."""
-        self.features, self.render, pool = Features(folder), Renderer(), pool or 4000
+        self.features, self.render, pool = ReferenceFeatures(folder), Renderer(), pool or 4000
         self.vae, g = self.features.vae, generator(seed, 77 + rank)
         encode = self.encode
         self.pools = {}
@@ -268,7 +169,7 @@ class Lessons:
     def network(self) -> flux2.Flux2Transformer:
         """The transformer, with linear heads for `glance`, which are not shipped."""
         network, dim = flux2.Flux2Transformer(CONFIG), CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
-        network.glances = nn.ModuleDict({name: nn.Linear(dim, len(ATTRIBUTES[name])) for name in OBJECT})
+        network.glances = nn.ModuleDict({name: nn.Linear(dim, len(ATTRIBUTES[name])) for name in OBJECT_ATTRIBUTES})
 
         @torch.compiler.disable
         def keep(block: nn.Module, arguments: tuple, output: Tensor) -> None:
@@ -299,10 +200,6 @@ class Lessons:
         if name.startswith("single_"):                                                   # to_out, behind both branches
             return weight.split([dim, hidden], dim=1)
         return weight.split(hidden) if name.endswith("linear_in.weight") else (weight,)
-
-    @staticmethod
-    def grid(steps: int) -> Tensor:
-        return flux2.sigma_grid(SCHEDULER, steps, 16, 16)
 
     def batch(self, step: int, count: int, g: torch.Generator) -> Lesson:
         """Stage 3."""
@@ -346,8 +243,8 @@ class Lessons:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, default=Path("tiny/model"), help="the embedded Z-Image")
-    parser.add_argument("--out", type=Path, default=Path("tiny/flux2"))
+    parser.add_argument("--source", type=Path, default=Z_IMAGE_FOLDER, help="folder of the embedded Z-Image")
+    parser.add_argument("--out", type=Path, default=FLUX2_FOLDER, help="checkpoint folder to write into")
     options = parser.parse_args()
     assemble(options.source, options.out)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tiny.making.stage import generator
-from tiny.world import (Renderer, caption, draw_marks, draw_scenes, held_out_object, held_out_style, random_tell,
-                        scene, to_pil)
+from plumbing.files import ROOT
+from tiny.world import (Renderer, caption, draw_marks, draw_scenes, generator, held_out_object, held_out_style,
+                        random_tell, scene, to_pil)
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),
@@ -78,7 +78,7 @@ def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> 
 
 
 if __name__ == "__main__":
-    write(Path("examples/star"), STARS, "object")
-    write(Path("examples/chalk"), CHALKS, "style")
-    write_edits(Path("examples/paint"), PAINTED, PAINT, "paint it [V]")
-    write_captions(Path("examples/ordinary"), 64)
+    write(ROOT / "examples" / "star", STARS, "object")
+    write(ROOT / "examples" / "chalk", CHALKS, "style")
+    write_edits(ROOT / "examples" / "paint", PAINTED, PAINT, "paint it [V]")
+    write_captions(ROOT / "examples" / "ordinary", 64)

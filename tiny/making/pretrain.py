@@ -15,50 +15,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from loss import draw_sigma, sft
-from model import ZImageTransformer, compile_blocks
+from baselines import denoising_error, draw_sigma
+from model import ZImageTransformer
 from networks import vae as autoencoder
-from plumbing.files import ROOT, tensors, transformer_class, write_json, write_tensors
-from rollout import sample, sigma_grid
+from plumbing.backbone import compile_blocks
+from plumbing.files import write_json, write_tensors
+from rollout import sample
+from tiny.contexts import WIDTH, VlmFeatures, load_features
 from tiny.making import klein
-from tiny.making.stage import Stage, generator, join, one_matrix
-from tiny.making.train_vlm import draw_concepts, other_view
-from tiny.making.vlm import WIDTH, Features, build_config
-from tiny.world import Renderer, caption, draw_scenes, grid, random_prompts, random_tell
+from tiny.making.stage import Stage, join, one_matrix
+from tiny.making.train_vlm import draw_concepts
+from tiny.models import Z_IMAGE_BASE, Z_IMAGE_FOLDER, Z_IMAGE_SCHEDULER, guided, z_image_grid
+from tiny.world import Renderer, caption, draw_scenes, generator, grid, other_view, random_prompts, random_tell
 
 CONFIG = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
           "all_f_patch_size": [1], "in_channels": 8, "dim": 128, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4,
           "n_kv_heads": 4, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": WIDTH, "rope_theta": 256.0,
           "t_scale": 1000.0, "axes_dims": [8, 12, 12], "axes_lens": [1024, 64, 64], "siglip_feat_dim": None}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.36.0",
-             "num_train_timesteps": 1000, "shift": 10.0, "use_dynamic_shifting": False}
 TRAIN_SHIFT = 6.0                           # of the noise levels in training: a little more of the low ones
 GLANCE = 0.3                                # weight of what klein.py's heads see in references
 INDEX = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0",
          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
          "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
          "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
-
-
-def load_features(folder: Path) -> Features | klein.Features:
-    """The frozen VLM of stage 2, put together again from text_encoder/ and vlm/; or what FLUX.2 reads."""
-    if lessons_of(folder) is klein.Lessons:
-        return klein.Features(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer)).eval().requires_grad_(False)
-    vlm.config._attn_implementation = "sdpa"
-    weights = {name.replace("model.", "model.language_model.", 1): t for name, t in tensors(folder / "text_encoder")}
-    weights |= dict(tensors(folder / "vlm"))
-    missing, unexpected = vlm.load_state_dict(weights, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)                # lm_head is tied
-    return Features(vlm, tokenizer)
-
-
-def grid_of(model: torch.nn.Module, steps: int) -> Tensor:
-    """Noise levels (steps + 1,) of the embedded models' samplers for pictures of this world."""
-    return Lessons.grid(steps) if isinstance(model, ZImageTransformer) else klein.Lessons.grid(steps)
 
 
 class Pool:
@@ -79,7 +59,7 @@ class Pool:
 class Contexts:
     """Random contexts for scenes: `text` and `image` of the docstring above."""
 
-    def __init__(self, features: Features, render: Renderer) -> None:
+    def __init__(self, features: VlmFeatures, render: Renderer) -> None:
         self.features, self.render = features, render
 
     def text(self, rows: Tensor, g: torch.Generator) -> list[Tensor]:
@@ -106,8 +86,8 @@ def is_matrix(name: str) -> bool:
 class Lessons:
     """Batches for stages 3 and 4; klein.py has the same for FLUX.2."""
 
-    config, scheduler, index = CONFIG, SCHEDULER, INDEX
-    folder, base = ROOT / "tiny" / "model", ROOT / "tiny" / "base"
+    config, scheduler, index = CONFIG, Z_IMAGE_SCHEDULER, INDEX
+    folder, base, grid = Z_IMAGE_FOLDER, Z_IMAGE_BASE, staticmethod(z_image_grid)
     network, is_matrix = staticmethod(lambda: ZImageTransformer(CONFIG)), staticmethod(is_matrix)
     pieces = staticmethod(one_matrix)
 
@@ -118,10 +98,6 @@ class Lessons:
         if pool:
             self.ordinary = Pool(self.vae, self.render, "ordinary", pool, seed, rank)
             self.styled = Pool(self.vae, self.render, "style", pool // 8, seed, rank)
-
-    @staticmethod
-    def grid(steps: int) -> Tensor:
-        return sigma_grid(SCHEDULER, steps)
 
     def batch(self, step: int, count: int, g: torch.Generator) -> klein.Lesson:
         """Stage 3."""
@@ -140,17 +116,6 @@ class Lessons:
             return context, context
         context, prompts = self.contexts.image(rows, "style" if kind == "style" else "object", g)
         return context, self.features.contexts(prompts)
-
-
-def guided(model: torch.nn.Module, context: list, empty: list, guidance: float, adapter=None):
-    """velocity(x, sigma) with classifier-free guidance: v_empty + guidance (v - v_empty)."""
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        v = model.velocity(x, sigma, context, adapter)
-        if guidance == 1:
-            return v
-        v_empty = model.velocity(x, sigma, empty, adapter)
-        return v_empty + guidance * (v - v_empty)
-    return velocity
 
 
 @torch.no_grad()
@@ -178,36 +143,32 @@ def check(model: torch.nn.Module, lessons: Lessons, path: Path) -> dict[str, flo
     return errors
 
 
-BACKBONES = {"z-image": Lessons, "flux2": klein.Lessons}
-
-
-def lessons_of(folder: Path) -> type[Lessons | klein.Lessons]:
-    """What the model in a checkpoint folder is taught, by the class of its transformer."""
-    return klein.Lessons if transformer_class(folder) == klein.CONFIG["_class_name"] else Lessons
+LESSONS = {"z-image": Lessons, "flux2": klein.Lessons}
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
     """The options that stages 3 and 4 share."""
-    parser.add_argument("--backbone", choices=tuple(BACKBONES), default="z-image")
-    parser.add_argument("--model", type=Path, help="checkpoint folder: reads vae, ...; default tiny/model, tiny/flux2")
+    parser.add_argument("--backbone", choices=tuple(LESSONS), default="z-image", help="which transformer to train")
+    parser.add_argument("--model", type=Path, help="checkpoint folder that is read (vae/, text_encoder/, ...) and "
+                        "added to; default tiny/model or tiny/flux2")
     parser.add_argument("--base", type=Path, help="folder of transformer/ before distillation, in bfloat16; default "
-                        "tiny/base, tiny/flux2_base")
+                        "tiny/base or tiny/flux2_base")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_backbone(parser)
     parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-pretrain")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=8000, help="training steps")
     parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
     parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and noise")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
     options = parser.parse_args()
 
     rank, processes = join()
     torch.manual_seed(options.seed)
-    kind = BACKBONES[options.backbone]
+    kind = LESSONS[options.backbone]
     folder, base = options.model or kind.folder, options.base or kind.base
     out = options.out or Path("out/tiny") / f"{options.backbone}-pretrain"
     lessons = kind(folder, options.pool // processes, options.seed, rank)
@@ -221,7 +182,7 @@ def main() -> None:
         g = generator(options.seed, step * processes + rank)
         lesson = lessons.batch(step, options.batch, g)
         eps, sigma = torch.randn(lesson.x0.shape, generator=g), draw_sigma(g, TRAIN_SHIFT, len(lesson.x0))
-        loss = sft(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma)
+        loss = denoising_error(lambda x, sigma: model.velocity(x, sigma, lesson.context), lesson.x0, eps, sigma).mean()
         numbers = {lesson.kind: loss.item()}
         if lesson.rows is not None:
             seen, shape = lessons.glance(model, lesson.rows)

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny.making.pretrain import load_features
-from tiny.making.stage import Stage, generator
-from tiny.making.train_vlm import draw_concepts, export, is_matrix, other_view, unit
-from tiny.making.vlm import CONCEPT, IMAGE_TOKENS, Features
-from tiny.world import Renderer, caption, random_tell
+from tiny.contexts import IMAGE_TOKENS, VlmFeatures, load_features
+from tiny.making.stage import Stage
+from tiny.making.tokenizer import CONCEPT
+from tiny.making.train_vlm import draw_concepts, export, is_matrix, unit
+from tiny.models import Z_IMAGE_FOLDER
+from tiny.world import Renderer, caption, generator, other_view, random_tell
 
 HEAD, TAIL = 3, 5                       # tokens of the chat template before and after the prompt
 SHIFT = IMAGE_TOKENS + 2                # how much later the prompt starts behind a picture and its two marks
@@ -33,16 +34,17 @@ def real(lengths: Tensor, longest: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/settle"), help="folder of the state and the log")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder: text_encoder/, vlm/")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--model", type=Path, default=Z_IMAGE_FOLDER,
+                        help="checkpoint folder whose text_encoder/ and vlm/ are read and written")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of scenes and pictures")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     before, render = load_features(options.model), Renderer()
     vlm = copy.deepcopy(before.model).requires_grad_(True)
-    after = Features(vlm, before.tokenizer)
+    after = VlmFeatures(vlm, before.tokenizer)
     concept = torch.tensor(before.tokenizer.convert_tokens_to_ids(list(CONCEPT)))
     stage = Stage(vlm, options.out, options.steps, adam=1e-3, muon=0.01, ema=0.99, warmup=30, is_matrix=is_matrix)
 

@@ -1,10 +1,10 @@
-"""What the four training scripts of this folder share: optimizer, schedule, weight average, log, resume.
+"""What the training scripts of this folder share: optimizer, schedule, weight average, log, resume.
 
-Every stage is a function of its seed: the batch of step n comes from `generator(seed, n)`, so a run that was stopped
-and started again is the same run. State is safetensors plus JSON, written atomically.
+Every stage is a function of its seed: the batch of step n comes from `world.generator(seed, n)`, so a run that was
+stopped and started again is the same run. State is safetensors plus JSON, written atomically.
 
-Under `torchrun --nproc-per-node 2 -m tiny.<stage>` two processes with a thread each share every batch, which on two
-cores is faster than one process with two threads.
+Under `torchrun --nproc-per-node 2 -m tiny.making.<stage>` two processes with a thread each share every batch, which on
+two cores is faster than one process with two threads.
 """
 import copy
 import json
@@ -19,11 +19,6 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from plumbing.files import write_json, write_tensors
-
-
-def generator(seed: int, step: int) -> torch.Generator:
-    """CPU generator that depends on (seed, step) only."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def join() -> tuple[int, int]:

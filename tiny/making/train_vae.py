@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, from pictures of the world. `python -m tiny.making.train_vae` (about 14 minutes on one core).
+"""Stage 1: the autoencoder, from pictures of the world. `python -m tiny.making.train_vae` (about 14 minutes, one core)
 
 f = 4, 8 latent channels, no attention. Most of the time it sees 32x32 crops (cheap), then whole pictures, so that the
 borders are right. Loss: L1 + L1 of the differences between neighbours (edges) + a small KL term that keeps the latents
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from networks.vae import DECODER_BLOCK, ENCODER_BLOCK, Autoencoder
 from plumbing.files import write_json, write_tensors
-from tiny.making.stage import Stage, generator
-from tiny.world import Renderer, draw_scenes, grid
+from tiny.making.stage import Stage
+from tiny.models import Z_IMAGE_FOLDER
+from tiny.world import Renderer, draw_scenes, generator, grid
 
 CONFIG = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.36.0", "act_fn": "silu", "in_channels": 3,
           "out_channels": 3, "latent_channels": 8, "block_out_channels": [16, 32, 48], "layers_per_block": 1,
@@ -36,10 +37,11 @@ def psnr(picture: Tensor, truth: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vae"), help="folder of the state and the log")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write vae/ into")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--whole", type=float, default=0.25, help="last part of the steps, on whole pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=Z_IMAGE_FOLDER, help="checkpoint folder to write vae/ into")
+    parser.add_argument("--steps", type=int, default=7000, help="training steps")
+    parser.add_argument("--whole", type=float, default=0.25,
+                        help="share of the steps, the last ones, that see whole pictures")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and noise")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)

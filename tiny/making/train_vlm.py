@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from plumbing.files import write_json, write_tensors
-from tiny.making.stage import Stage, generator
-from tiny.making.vlm import CONCEPT, PATCH, WIDTH, Features, build_config, build_tokenizer, patches
-from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, words
+from tiny.contexts import PATCH, WIDTH, VlmFeatures, build_config, patches
+from tiny.making.stage import Stage
+from tiny.making.tokenizer import CONCEPT, build_tokenizer
+from tiny.models import Z_IMAGE_FOLDER
+from tiny.world import ATTRIBUTES, COLUMN, SIDE, Renderer, caption, draw_scenes, generator, other_view, words
 
+# The words of a concept, in the order in which captions say them: one for each token of [V].
 SLOTS = {"object": ("pattern", "main", "second", "shape"), "style": ("line", "texture")}
 
 
@@ -34,7 +37,7 @@ def is_matrix(name: str) -> bool:
     return any(part in name for part in ("layers.", "blocks.", "linear_fc")) and name.endswith("weight")
 
 
-class Reader(nn.Module):
+class TaughtVlm(nn.Module):
     """The VLM and, thrown away afterwards, one linear head per attribute on [V] and one on the whole picture."""
 
     def __init__(self, vlm: Qwen3VLForConditionalGeneration) -> None:
@@ -43,15 +46,6 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(ATTRIBUTES[name]))
                                     for kind in SLOTS.values() for name in kind})
         self.glances = nn.ModuleDict({name: nn.Linear(WIDTH, len(choices)) for name, choices in ATTRIBUTES.items()})
-
-
-def other_view(rows: Tensor, kind: str, g: torch.Generator) -> Tensor:
-    """Scenes with the same concept and everything else drawn anew (a quarter of them are kept as they are)."""
-    fresh = draw_scenes(len(rows), g)
-    shared = [COLUMN[name] for name in SLOTS[kind]]
-    fresh[:, shared] = rows[:, shared]
-    same = torch.rand(len(rows), generator=g) < 0.25
-    return torch.where(same[:, None], rows, fresh)
 
 
 def draw_concepts(count: int, g: torch.Generator, kind: str, held_out: str = "") -> Tensor:
@@ -76,21 +70,21 @@ def glance(heads: nn.ModuleDict, tokens: Tensor, rows: Tensor) -> tuple[Tensor, 
     """Loss of the heads' attributes read from the mean of image tokens (B, n, 128), and the accuracy of the shape."""
     seen = unit(tokens.mean(1))                                                                        # (B, 128)
     logits = {name: head(seen) for name, head in heads.items()}
-    loss = sum(F.cross_entropy(l, rows[:, COLUMN[name]]) for name, l in logits.items()) / len(logits)
+    loss = sum(F.cross_entropy(guess, rows[:, COLUMN[name]]) for name, guess in logits.items()) / len(logits)
     return loss, float((logits["shape"].argmax(-1) == rows[:, COLUMN["shape"]]).float().mean())
 
 
-def train_vision(reader: Reader, render: Renderer, out: Path, steps: int, batch: int, seed: int) -> None:
+def train_vision(taught: TaughtVlm, render: Renderer, out: Path, steps: int, batch: int, seed: int) -> None:
     """The vision tower and the glance heads, alone."""
-    tower = nn.ModuleDict({"visual": reader.vlm.model.visual, "glances": reader.glances})
+    tower = nn.ModuleDict({"visual": taught.vlm.model.visual, "glances": taught.glances})
     stage = Stage(tower, out, steps, adam=2e-3, muon=0.02, is_matrix=is_matrix)
     cells = torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]] * batch)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = generator(seed + 1, step * stage.processes + stage.rank)
         rows = draw_scenes(batch, g, styled=0.5)
-        tokens = reader.vlm.model.visual(patches(render.draw(rows, g)), grid_thw=cells).pooler_output
-        loss, shape = glance(reader.glances, tokens.view(batch, -1, WIDTH), rows)
+        tokens = taught.vlm.model.visual(patches(render.draw(rows, g)), grid_thw=cells).pooler_output
+        loss, shape = glance(taught.glances, tokens.view(batch, -1, WIDTH), rows)
         return loss, {"shape seen": shape}
 
     for step in stage.run(loss_of):
@@ -119,12 +113,12 @@ def unit(features: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
-    parser.add_argument("--model", type=Path, default=Path("tiny/model"), help="checkpoint folder to write into")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--model", type=Path, default=Z_IMAGE_FOLDER, help="checkpoint folder to write into")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of the whole VLM")
     parser.add_argument("--vision-steps", type=int, default=1000,
-                        help="of the vision tower alone, with 4 times the batch")
+                        help="training steps of the vision tower alone, with 4 times the batch")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and pictures")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
@@ -132,7 +126,7 @@ def main() -> None:
     vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer))
     vlm.config._attn_implementation = "sdpa"
     initialise(vlm)
-    model, render, features = Reader(vlm), Renderer(), Features(vlm, tokenizer)
+    model, render, features = TaughtVlm(vlm), Renderer(), VlmFeatures(vlm, tokenizer)
     first_concept = tokenizer.convert_tokens_to_ids(CONCEPT[0])
     token_of = {word: tokenizer(f" {word}").input_ids[0] for names in ATTRIBUTES.values() for word in names}
     train_vision(model, render, options.out / "vision", options.vision_steps, 4 * options.batch, options.seed)
@@ -150,8 +144,8 @@ def main() -> None:
         at = unit(hidden.gather(1, positions[..., None].expand(-1, -1, WIDTH)))                        # (B, slots, 128)
         logits = [model.heads[name](at[:, j]) for j, name in enumerate(SLOTS[kind])]
         truth = [rows[:, COLUMN[name]] for name in SLOTS[kind]]
-        loss = sum(F.cross_entropy(l, t) for l, t in zip(logits, truth)) / len(truth)
-        return loss, at, [float((l.argmax(-1) == t).float().mean()) for l, t in zip(logits, truth)]
+        loss = sum(F.cross_entropy(guess, right) for guess, right in zip(logits, truth)) / len(truth)
+        return loss, at, [float((guess.argmax(-1) == right).float().mean()) for guess, right in zip(logits, truth)]
 
     def losses(kind: str, rows: Tensor, views: Tensor, pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
         names = SLOTS[kind]
