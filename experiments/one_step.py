@@ -41,7 +41,8 @@ class Options:
 
 
 @torch.no_grad()
-def step(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor) -> Iterator[tuple[float, float, list[Tensor]]]:
+def step(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor
+         ) -> Iterator[tuple[float, float, list[Tensor]]]:
     """For each state: sigma, || u_s - u_t ||^2 of Eq. 7, and [x, x0_hat of the student, x0_hat of the teacher]."""
     for point in rollout(student, x, sigmas):                                       # Eq. 3
         v_teacher = teacher(point.x, point.sigma)                                   # Eq. 6
@@ -74,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     words = ["--prompt", row.captions[0], "--reference", str(row.image), "--teacher-rope", options["teacher_rope"],
              "--teacher-context", options["teacher_context"], *(["--vlm", options["vlm"]] if options["vlm"] else [])]
     sources = [fit(open_image(path), multiple, options["size"] ** 2, path) for path in row.sources]
-    (c_s,), (c_t,) = sample.contexts_of(parse(sample.Options, words, ""), model, recipe, [row.captions[0]], sources, size,
-                                        device, dtype)
+    (c_s,), (c_t,) = sample.contexts_of(parse(sample.Options, words, ""), model, recipe, [row.captions[0]], sources,
+                                        size, device, dtype)
     free()
     net, shape = backbone.load(model, device, dtype), latent_shape(model, *size)
     x, c_s, c_t = starting_noise(backbone, options["seed"], shape).to(device), c_s.to(device), c_t.to(device)
