@@ -25,11 +25,11 @@ class Kept:
     def __init__(self) -> None:
         self.now = self.peak = 0
 
-    def pack(self, tensor: torch.Tensor) -> "Held":
+    def hold(self, tensor: torch.Tensor) -> "Held":
         return Held(self, tensor)
 
     def __enter__(self) -> "Kept":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.hold, lambda held: held.tensor)
         self.hooks.__enter__()
         return self
 
