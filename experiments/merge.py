@@ -1,8 +1,8 @@
 """Four adapters into one: DiffusionOPD (arXiv 2605.15055) beside adding and averaging, on the embedded model.
 
-    python experiments/merge.py --workers 2             # everything
-    python experiments/merge.py --quick --workers 2     # one seed, few steps and prompts
-    python experiments/merge.py --report                # the table again, from merge.jsonl
+    python -m experiments.merge --workers 2             # everything
+    python -m experiments.merge --quick --workers 2     # one seed, few steps and prompts
+    python -m experiments.merge --report                # the table again, from merge.jsonl
 
 1. One adapter for each of three held-out objects and a held-out style: D-OPSD (arXiv 2605.05204), the recipe's values.
 2. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as many
@@ -17,14 +17,15 @@ does: "a big [V] star on mint". So the shape, a quarter of an object's fidelity,
 Starting again goes on where it stopped. Writes merge.jsonl and merge.md; runs/ and concepts/ can be deleted at the end.
 Constants and the list of runs: merge_plan.py.
 """
+if not __package__:
+    import as_module  # noqa: F401
+
 import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
 
 import torch
 

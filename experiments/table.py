@@ -1,20 +1,21 @@
 """The experiments on the embedded model: D-OPSD beside its alternatives, with spread, tests and ablations.
 
-    python experiments/table.py --workers 2                 # tables and curves; experiments/README.md says how long
-    python experiments/table.py --workers 2 --lessons       # and what the numbers of the recipe do
-    python experiments/table.py --quick --workers 2         # a small version, about ten minutes
-    python experiments/table.py --report                    # tables and figures again, from results.jsonl
+    python -m experiments.table --workers 2                 # tables and curves; experiments/README.md says how long
+    python -m experiments.table --workers 2 --lessons       # and what the numbers of the recipe do
+    python -m experiments.table --quick --workers 2         # a small version, about ten minutes
+    python -m experiments.table --report                    # tables and figures again, from results.jsonl
 
 Starting again goes on where it stopped; so does Ctrl-C and starting again. Writes results.jsonl, tables.md, curves.png
 and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) can be deleted when all is measured.
 """
+if not __package__:
+    import as_module  # noqa: F401
+
 import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
 
 import train
 from experiments import concepts as drawing

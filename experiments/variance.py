@@ -1,6 +1,6 @@
 """How noisy is the gradient of the per-step KL: in closed form, and as PPO-style methods estimate it?
 
-    python experiments/variance.py --lora out/star/student.safetensors --data examples/star
+    python -m experiments.variance --lora out/star/student.safetensors --data examples/star
 
 DiffusionOPD (arXiv 2605.15055) on the embedded model: at a state x of the student's stochastic rollout both sides take
 a Gaussian step, N(mu_s, s^2) and N(mu_t, s^2) with the same s, and the student learns from KL(student || teacher). Its
@@ -21,14 +21,15 @@ the mean of n noisy gradients is longer than their expectation. It is nan where 
 Differs from the paper, which compares training curves: this is the variance itself, at one point of training. The
 student is the untuned model with a new LoRA (B = 0), or what `--student` gives.
 """
+if not __package__:
+    import as_module  # noqa: F401
+
 import dataclasses
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
 
 import torch
 from torch import Tensor

@@ -1,6 +1,8 @@
 """experiments/, the parts that need no model: statistics against enumeration, worker processes with made-up jobs."""
 import itertools
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from experiments import work
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Run
-from plumbing.files import InputError
+from plumbing.files import ROOT, InputError
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -86,3 +88,14 @@ def test_processes_share_jobs_and_stop_together(tmp_path):
         time.sleep(0.05)
     messages.close()                                                     # what Ctrl-C in the parent leads to
     assert (tmp_path / "saved").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the programs
+@pytest.mark.parametrize("start, folder", [(["-m", "experiments.table"], ROOT),
+                                           ([str(ROOT / "experiments" / "table.py")], None)])
+def test_a_module_and_a_file_are_the_same_program(start, folder, tmp_path):
+    """The file is started in a folder of the user's, where a file with the name of one of our modules does no harm."""
+    (tmp_path / "data.py").write_text("raise SystemExit('not this file')")
+    ended = subprocess.run([sys.executable, *start, "--workers", "0"], cwd=folder or tmp_path, capture_output=True,
+                           text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: --workers 0: no process to work in; give 1 or more\n")
