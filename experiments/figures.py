@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from experiments.measure import SHOWN
-from experiments.protocol import BASE, METHODS, TEACHER, Run
+from experiments.protocol import BASE, METHODS, TEACHER, Training
 from experiments.report import DRAWN, NAMES, Report
 from experiments.work import picture_file
 from plumbing.files import InputError, check_writable
@@ -86,7 +86,7 @@ def draw_panel(report: Report, path: Path) -> list[Path]:
     columns: dict[str, list] = {label: [] for label in names.values()}
     rows: list[str] = []
     for concept in kinds.values():
-        found = {label: picture_file(path.parent, Run(method, concept)) for method, label in names.items()}
+        found = {label: picture_file(path.parent, Training(method, concept)) for method, label in names.items()}
         strips = {label: tiles(file) for label, file in found.items() if file.is_file()}
         if not strips:
             continue

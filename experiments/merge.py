@@ -46,7 +46,7 @@ from experiments.merge_plan import (
     new_prompts,
     prepare,
 )
-from experiments.protocol import BASE, Job, Run, passes_per_step
+from experiments.protocol import BASE, Job, Training, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, fingerprint, line_of
 from experiments.table import facts_of
@@ -85,16 +85,16 @@ class Laboratory:
             noise = judge.noise(len(prompts.rows), data.generator(settings.draw_seed, "noise", name))
             self.questions[name] = prompts, judge.features.contexts(prompts.captions), noise
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: Training) -> Path:
         """What train.py prints."""
         return self.plan.folder(run) / "log.txt"
 
     def do(self, job: Job) -> Iterator[dict]:
         """A line for every point of a job, as soon as it is measured."""
-        passes, seconds, adapter = self.adapter(job.run)
-        for point, groups in zip(job.points, job.groups):
-            measures = self.measure(point.run.concept, adapter, point.sampler)
-            if job.run.concept:                                     # a teacher: the line of its concept has both
+        passes, seconds, adapter = self.adapter(job.training)
+        for point, groups in zip(job.measurements, job.groups):
+            measures = self.measure(point.training.concept, adapter, point.sampler)
+            if job.training.concept:                                     # a teacher: the line of its concept has both
                 measures |= self.measure("", adapter, point.sampler)
             yield line_of(point, groups, "", passes, seconds, measures)
 
@@ -104,7 +104,7 @@ class Laboratory:
         reading = self.judge.reader(self.judge.draw(contexts, noise, adapter, steps))
         return of_concept(reading, prompts) if concept else of_ordinary(reading, prompts)
 
-    def adapter(self, run: Run) -> tuple[int, float, lora.Adapter | None]:
+    def adapter(self, run: Training) -> tuple[int, float, lora.Adapter | None]:
         """(forward passes and seconds of its training, the adapter); None is the base."""
         plan = self.plan
         if run.method == BASE:
@@ -112,14 +112,14 @@ class Laboratory:
         if run.concept:                                             # D-OPSD on the four pictures
             (concept,) = (c for c in plan.concepts if c.name == run.concept)
             return self.train(run, plan.teacher_steps, 1, ["--data", concept.folder])
-        teachers = [plan.file(job.run) for job in plan.teachers(run.seed)]
+        teachers = [plan.file(job.training) for job in plan.teachers(run.seed)]
         if run.method in ("sum", "average"):
             weight = 1 / len(teachers) if run.method == "average" else 1.0
             return 0, 0.0, combined([lora.load(file, self.judge.net) for file in teachers], weight)
         texts = [captions_folder(concept) for concept in plan.concepts]                 # DiffusionOPD: captions suffice
         return self.train(run, plan.settings.rounds, len(texts), ["--data", *texts, "--teacher-lora", *teachers])
 
-    def train(self, run: Run, steps: int, tasks: int, words: list) -> tuple[int, float, lora.Adapter]:
+    def train(self, run: Training, steps: int, tasks: int, words: list) -> tuple[int, float, lora.Adapter]:
         """Train, or continue, with train.py."""
         folder = self.plan.folder(run)
         words = [*map(str, words), "--model", str(self.plan.model), "--out", str(folder), "--cache", str(self.cache),
@@ -131,17 +131,17 @@ class Laboratory:
 
 def perform(title: str, jobs: list[Job], workers: int, plan: Plan, results: Results) -> int:
     """Do the jobs, keep every line as it comes; how many jobs failed."""
-    print(f"{title}: {sum(len(job.points) for job in jobs)} measurements of {len(jobs)} runs", flush=True)
+    print(f"{title}: {sum(len(job.measurements) for job in jobs)} measurements of {len(jobs)} runs", flush=True)
     failed = 0
     with contextlib.closing(work(jobs, workers, Laboratory, plan)) as messages:
         for job, (kind, content) in messages:
             if kind == "line":
                 results.add(content)
                 shown = "  ".join(f"{m} {content['measures'][m]:.3f}" for m in MEASURES if m in content["measures"])
-                print(f"  {job.run.name}, {content['concept'] or 'ordinary prompts'}: {shown}", flush=True)
+                print(f"  {job.training.name}, {content['concept'] or 'ordinary prompts'}: {shown}", flush=True)
             elif kind == "failed":
                 failed += 1
-                print(f"error: {job.run.name}: {content}", file=sys.stderr, flush=True)
+                print(f"error: {job.training.name}: {content}", file=sys.stderr, flush=True)
     return failed
 
 
@@ -151,7 +151,7 @@ def table(results: Results) -> str:
     concepts, s, rows = results.facts["concepts"], results.facts["protocol"], []
     for label, (method, options) in ROWS.items():
         lines = [line for point, line in results.measured.items()
-                 if (point.run.method, point.run.options) == (method, options)]
+                 if (point.training.method, point.training.options) == (method, options)]
         cells = [spread([line for line in lines if line["concept"] == name], "concept", 1) for name in concepts]
         cells += [spread(lines, "concept", len(concepts))]
         cells += [spread(lines, measure, len(concepts) if label == TEACHER else 1) for measure in MEASURES[1:]]

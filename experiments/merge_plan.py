@@ -1,6 +1,6 @@
 """What experiments/merge.py needs before anything runs: its constants, concepts, captions, sums of adapters, all runs.
 
-A `Run`, its `Point`s and `Job`s are those of protocol.py; nothing here trains or measures.
+A `Training`, its `Measurement`s and `Job`s are those of protocol.py; nothing here trains or measures.
 """
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import data
 import lora
 from experiments import concepts as drawing
 from experiments.concepts import Concept
-from experiments.protocol import BASE, Job, Point, Run
+from experiments.protocol import BASE, Job, Measurement, Training
 from experiments.results import Results
 from experiments.work import saved_step
 from plumbing.checkpoints import recipe_of
@@ -139,9 +139,9 @@ class Plan:
         method, options = ROWS[label]
         steps = self.teacher_steps if concept else self.settings.rounds if method in TRAINED else 0
         lr = self.recipe.lr if method in TRAINED else None
-        runs = [Run(method, name, seed, lr, options)
+        runs = [Training(method, name, seed, lr, options)
                 for name in ([concept] if concept else [*(c.name for c in self.concepts), ""])]
-        points = tuple(Point(run, steps, self.recipe.inference_steps) for run in runs)
+        points = tuple(Measurement(run, steps, self.recipe.inference_steps) for run in runs)
         return Job(runs[-1], points, ((),) * len(points))
 
     def teachers(self, seed: int) -> list[Job]:
@@ -155,15 +155,15 @@ class Plan:
 
     def with_lost(self, teachers: list[Job], students: list[Job]) -> list[Job]:
         """Also teachers that were measured, but whose file is gone and needed: to be trained again, not measured."""
-        asked = {job.run for job in teachers}
-        needed = [job.run for seed in dict.fromkeys(job.run.seed for job in students) for job in self.teachers(seed)]
+        asked = {job.training for job in teachers}
+        needed = [job.training for seed in dict.fromkeys(job.training.seed for job in students) for job in self.teachers(seed)]
         return teachers + [Job(run, (), ()) for run in needed
                            if run not in asked and saved_step(self.file(run)) < self.teacher_steps]
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: Training) -> Path:
         return self.out / run.name
 
-    def file(self, run: Run) -> Path:
+    def file(self, run: Training) -> Path:
         """The adapter that a run makes."""
         return self.folder(run) / "student.safetensors"
 
@@ -172,6 +172,6 @@ def left(jobs: list[Job], results: Results) -> list[Job]:
     """Of each job the points that are not measured."""
     found = []
     for job in jobs:
-        points = tuple(point for point in job.points if point not in results.measured)
-        found += [Job(job.run, points, ((),) * len(points))] if points else []
+        points = tuple(point for point in job.measurements if point not in results.measured)
+        found += [Job(job.training, points, ((),) * len(points))] if points else []
     return found

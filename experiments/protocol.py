@@ -1,7 +1,7 @@
 """What is measured: the constants of the protocol, and from them the list of all runs and measurements.
 
-A `Run` is one training run, a `Point` one measurement of it. Tables and figures ask for points; points that several of
-them ask for are measured once. Nothing here runs anything.
+A `Training` is one training run, a `Measurement` is one look at it. Tables and figures ask for measurements; one that
+several ask for is made once. Nothing here runs anything.
 """
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -76,7 +76,7 @@ def passes_per_step(method: str, K: int, grad_states: int | None = None) -> int:
 
 # ---------------------------------------------------------------------------------------------------- runs
 @dataclass(frozen=True)
-class Run:
+class Training:
     """One training run; of BASE, TEACHER and VALIDATION only method and concept count."""
     method: str
     concept: str = ""
@@ -98,9 +98,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Point:
+class Measurement:
     """One measurement: a run after `step` optimizer steps, sampled with `sampler` solver steps."""
-    run: Run
+    training: Training
     step: int = 0
     sampler: int = 4
 
@@ -108,8 +108,8 @@ class Point:
 @dataclass(frozen=True)
 class Job:
     """What one worker does at a stretch: a run and its measurements in order; groups: the parts that ask for each."""
-    run: Run
-    points: tuple[Point, ...]
+    training: Training
+    measurements: tuple[Measurement, ...]
     groups: tuple[tuple[str, ...], ...]
 
 
@@ -144,17 +144,17 @@ class Plan:
         self.curve_concepts = (of_kind["object"][:settings.curve_objects] + of_kind["style"][:settings.curve_styles])
 
     # -------------------------------------------------------------------------------------------- single runs
-    def passes(self, run: Run, step: int) -> int:
+    def passes(self, run: Training, step: int) -> int:
         """Forward passes of a run until `step`."""
         options = dict(run.options)
         K = options.get("rollout_steps", self.recipe["rollout_steps"])
         return step * self.recipe["accumulate"] * passes_per_step(run.method, K, options.get("grad_states"))
 
-    def run(self, method: str, concept: str, seed: int, lr: float, options: dict | None = None) -> Run:
+    def training(self, method: str, concept: str, seed: int, lr: float, options: dict | None = None) -> Training:
         """options that only repeat the recipe are left out, so that the run is the one of the tables."""
         own = {**self.recipe, "teacher": "ema", "grad_states": self.recipe["rollout_steps"]}
         changed = {key: value for key, value in (options or {}).items() if own[key] != value}
-        return Run(method, concept, seed, lr, tuple(changed.items()))
+        return Training(method, concept, seed, lr, tuple(changed.items()))
 
     def equal_steps(self, method: str) -> int:
         """Optimizer steps with which a method has as many forward passes as D-OPSD in table 1."""
@@ -162,81 +162,81 @@ class Plan:
         return max(1, round(self.settings.steps * passes_per_step("dopsd", K) / passes_per_step(method, K)))
 
     # -------------------------------------------------------------------------------------------- parts
-    def reference(self, method: str, concepts: Iterable[str], sampler: int | None = None) -> list[Point]:
-        return [Point(Run(method, concept), 0, sampler or self.sampler) for concept in concepts]
+    def reference(self, method: str, concepts: Iterable[str], sampler: int | None = None) -> list[Measurement]:
+        return [Measurement(Training(method, concept), 0, sampler or self.sampler) for concept in concepts]
 
-    def tuning(self, method: str, rate: float) -> list[Point]:
+    def tuning(self, method: str, rate: float) -> list[Measurement]:
         """One point per tuning concept."""
-        return [Point(self.run(method, concept, self.settings.seeds[0], rate), self.settings.steps, self.sampler)
+        return [Measurement(self.training(method, concept, self.settings.seeds[0], rate), self.settings.steps, self.sampler)
                 for concept in self.tuning_concepts]
 
-    def table(self, method: str, rates: dict[str, float], equal: str) -> list[Point]:
+    def table(self, method: str, rates: dict[str, float], equal: str) -> list[Measurement]:
         """One point per test concept and seed. equal: "steps" (table 1) or "passes" (table 2)."""
         if method not in rates:
             return []
         step = self.settings.steps if equal == "steps" else self.equal_steps(method)
-        return [Point(self.run(method, concept, seed, rates[method]), step, self.sampler)
+        return [Measurement(self.training(method, concept, seed, rates[method]), step, self.sampler)
                 for concept in self.test for seed in self.settings.seeds]
 
-    def early(self, method: str, rates: dict[str, float], concept: str) -> dict[int, Point]:
+    def early(self, method: str, rates: dict[str, float], concept: str) -> dict[int, Measurement]:
         """Step -> a point of one concept, first seed: how table 3 finds where a fidelity is reached; 0 is the base."""
         if method not in rates:
             return {}
-        run = self.run(method, concept, self.settings.seeds[0], rates[method])
-        return {step: Point(run, step, self.sampler) if step else self.reference(BASE, [concept])[0]
+        run = self.training(method, concept, self.settings.seeds[0], rates[method])
+        return {step: Measurement(run, step, self.sampler) if step else self.reference(BASE, [concept])[0]
                 for step in self.early_steps}
 
     def curve(self, method: str, rates: dict[str, float], options: dict | None = None, longer: int | None = None
-              ) -> dict[int, list[Point]]:
+              ) -> dict[int, list[Measurement]]:
         """Step -> one point per concept of the curves; 0 is the base. longer: one more step."""
         if method not in rates:
             return {}
         curve = {0: self.reference(BASE, self.curve_concepts)}
         for step in (*self.settings.curve_steps, *([longer] if longer else [])):
-            curve[step] = [Point(self.run(method, concept, self.settings.seeds[0], rates[method], options), step,
+            curve[step] = [Measurement(self.training(method, concept, self.settings.seeds[0], rates[method], options), step,
                                  self.sampler) for concept in self.curve_concepts]
         return curve
 
-    def curves(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Point]]]]:
+    def curves(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Measurement]]]]:
         """Title -> label -> curve."""
         methods = {method: self.curve(method, rates) for method in CURVES}
         teachers = {label: self.curve("dopsd", rates, options) for label, options in TEACHERS.items()}
         teachers[f"EMA {self.recipe['ema']:g}"] = self.curve("dopsd", rates)
         return {"methods": methods, **({"teachers of D-OPSD": teachers} if self.settings.teachers else {})}
 
-    def other_samplers(self, curve: dict[int, list[Point]]) -> list[Point]:
+    def other_samplers(self, curve: dict[int, list[Measurement]]) -> list[Measurement]:
         """The last points of a curve and what they are compared with, for samplers other than the model's own."""
-        ends = [(point.run, point.step) for point in curve.get(self.settings.curve_steps[-1], [])]
-        beside = [(Run(name, concept), 0) for name in (BASE, TEACHER) for concept in self.curve_concepts]
-        return [Point(run, step, sampler) for run, step in ends + beside for sampler in self.settings.lesson_samplers
+        ends = [(point.training, point.step) for point in curve.get(self.settings.curve_steps[-1], [])]
+        beside = [(Training(name, concept), 0) for name in (BASE, TEACHER) for concept in self.curve_concepts]
+        return [Measurement(run, step, sampler) for run, step in ends + beside for sampler in self.settings.lesson_samplers
                 if ends and sampler != self.sampler]
 
-    def lessons(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Point]]]]:
+    def lessons(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Measurement]]]]:
         """Number of the recipe -> its value -> curve of D-OPSD."""
         return {title: {value: self.curve("dopsd", rates, options) for value, options in values.items()}
                 for title, values in LESSONS.items()} if self.settings.lessons else {}
 
-    def gentle(self, method: str) -> list[Point]:
+    def gentle(self, method: str) -> list[Measurement]:
         """Table 1 at a smaller learning rate, first seed."""
-        return [Point(self.run(method, concept, self.settings.seeds[0], GENTLE), self.settings.steps, self.sampler)
+        return [Measurement(self.training(method, concept, self.settings.seeds[0], GENTLE), self.settings.steps, self.sampler)
                 for concept in self.test]
 
-    def causes(self, rates: dict[str, float]) -> dict[str, dict[int, list[Point]]]:
+    def causes(self, rates: dict[str, float]) -> dict[str, dict[int, list[Measurement]]]:
         """Label -> curve of what might explain where the small world differs from the paper."""
         return {label: self.curve(method, rates, options, longer)
                 for label, (method, options, longer) in CAUSES.items()} if self.settings.lessons else {}
 
     # -------------------------------------------------------------------------------------------- everything
-    def first_part(self) -> dict[str, list[Point]]:
+    def first_part(self) -> dict[str, list[Measurement]]:
         """What is measured before learning rates are chosen: part -> points."""
         tuned = [method for method in self.settings.methods if method not in dict(self.settings.fixed)]
         concepts = self.test + (self.tuning_concepts if tuned else [])
         reference = [point for method in (BASE, TEACHER) for point in self.reference(method, concepts)]
-        return {VALIDATION: [Point(Run(VALIDATION))], "reference": reference,
+        return {VALIDATION: [Measurement(Training(VALIDATION))], "reference": reference,
                 "tuning": [point for method in tuned for rate in self.settings.rates
                            for point in self.tuning(method, rate)]}
 
-    def second_part(self, rates: dict[str, float]) -> dict[str, list[Point]]:
+    def second_part(self, rates: dict[str, float]) -> dict[str, list[Measurement]]:
         """Tables and curves: part -> points."""
         rates = self.asked(rates)
         return {"table 1": [p for method in rates for p in self.table(method, rates, "steps")],
@@ -246,7 +246,7 @@ class Plan:
                 "curves": [p for curves in self.curves(rates).values() for curve in curves.values()
                            for points in curve.values() for p in points]}
 
-    def third_part(self, rates: dict[str, float]) -> dict[str, list[Point]]:
+    def third_part(self, rates: dict[str, float]) -> dict[str, list[Measurement]]:
         """What the numbers of the recipe do, and where the small world differs from the paper: part -> points."""
         rates = self.asked(rates)
         lessons = self.lessons(rates)
@@ -261,19 +261,19 @@ class Plan:
         """The learning rates of those methods that are to be measured."""
         return {method: rate for method, rate in rates.items() if method in self.settings.methods}
 
-    def jobs(self, parts: dict[str, list[Point]], done: set[Point]) -> list[Job]:
+    def jobs(self, parts: dict[str, list[Measurement]], done: set[Measurement]) -> list[Job]:
         """The runs of `parts` with points that are not done yet, long ones first (the end then comes evenly).
 
         The order does not depend on what is done, so a stopped experiment goes on in the same order.
         """
-        groups: dict[Point, list[str]] = {}
+        groups: dict[Measurement, list[str]] = {}
         for part, points in parts.items():
             for point in points:
                 if part not in groups.setdefault(point, []):
                     groups[point].append(part)
-        runs: dict[Run, list[Point]] = {}
+        runs: dict[Training, list[Measurement]] = {}
         for point in groups:
-            runs.setdefault(point.run, []).append(point)
+            runs.setdefault(point.training, []).append(point)
         jobs = []
         for run in sorted(runs, key=lambda run: -self.effort(runs[run])):
             left = sorted((point for point in runs[run] if point not in done), key=lambda p: (p.step, p.sampler))
@@ -281,7 +281,7 @@ class Plan:
                 jobs.append(Job(run, tuple(left), tuple(tuple(groups[point]) for point in left)))
         return jobs
 
-    def effort(self, points: list[Point]) -> float:
+    def effort(self, points: list[Measurement]) -> float:
         """How long a run and its measurements take, roughly, in forward passes of a training batch."""
-        run, last = points[0].run, max(point.step for point in points)
+        run, last = points[0].training, max(point.step for point in points)
         return (2 * self.passes(run, last) if run.is_trained else 0) + 300 * len(points)

@@ -7,7 +7,18 @@ from itertools import pairwise
 
 from experiments.compare import Paired, mean_and_spread, paired
 from experiments.measure import MEASURES
-from experiments.protocol import BASE, GENTLE, LONGER, METHODS, TEACHER, VALIDATION, Plan, Point, Run, from_facts
+from experiments.protocol import (
+    BASE,
+    GENTLE,
+    LONGER,
+    METHODS,
+    TEACHER,
+    VALIDATION,
+    Measurement,
+    Plan,
+    Training,
+    from_facts,
+)
 from experiments.results import Results, choose_rates, score_of_rate
 
 NOT_RUN = "not run"
@@ -28,18 +39,18 @@ class Report:
         self.settings = self.plan.settings
         self.rates = choose_rates(self.plan, results)
 
-    def mean(self, points: Sequence[Point], measure: str) -> float | None:
+    def mean(self, points: Sequence[Measurement], measure: str) -> float | None:
         """Mean over those points that were measured and have this measure."""
         values = [m[measure] for m in self.results.measures(points) if measure in m]
         return sum(values) / len(values) if values else None
 
-    def spread(self, points: Sequence[Point], measure: str) -> str:
+    def spread(self, points: Sequence[Measurement], measure: str) -> str:
         """Mean and standard deviation as a cell."""
         values = [m[measure] for m in self.results.measures(points) if measure in m]
         return with_spread(values, "{:.3f}")
 
     # ---------------------------------------------------------------------------------------------- tables 1 and 2
-    def rows(self, equal: str) -> dict[str, list[Point]]:
+    def rows(self, equal: str) -> dict[str, list[Measurement]]:
         """Label -> points of a row."""
         return {BASE: self.plan.reference(BASE, self.plan.test),
                 **{NAMES[method]: self.plan.table(method, self.rates, equal) for method in METHODS},
@@ -67,7 +78,7 @@ class Report:
         return markdown(["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds",
                          "measured"], table)
 
-    def retention(self, points: list[Point], base: list[Point], measure: str) -> str:
+    def retention(self, points: list[Measurement], base: list[Measurement], measure: str) -> str:
         """Mean and spread of a measure minus the base's own, over the same prompts and noises."""
         before = {line["concept"]: line["measures"][measure] for line in self.results.of(base)}
         values = [line["measures"][measure] - before[line["concept"]] for line in self.results.of(points)
@@ -83,7 +94,7 @@ class Report:
         """Concept fidelity in table 1, mean over seeds."""
         rows = self.rows("steps")
         table = [[facts["words"],
-                  *(number(self.mean([p for p in points if p.run.concept == name], "concept"))
+                  *(number(self.mean([p for p in points if p.training.concept == name], "concept"))
                     for points in rows.values())]
                  for name, facts in self.concepts.items() if not facts["tuning"]]
         return markdown(["", *rows], table)
@@ -135,7 +146,7 @@ class Report:
                           f"{self.rates[method]:g}" if method in self.rates else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in self.settings.rates), "chosen"], table)
 
-    def curve_table(self, curves: dict[str, dict[int, list[Point]]], longer: tuple[int, ...] = ()) -> list[str]:
+    def curve_table(self, curves: dict[str, dict[int, list[Measurement]]], longer: tuple[int, ...] = ()) -> list[str]:
         """concept / ordinary / decided of each curve at each step."""
         steps = [0, *self.settings.curve_steps, *longer]
         table = [[NAMES.get(label, label), *(self.triple(curve.get(step, [])) if step in curve or not curve else ""
@@ -143,11 +154,11 @@ class Report:
                  for label, curve in curves.items()]
         return markdown(["step", *map(str, steps)], table)
 
-    def triple(self, points: list[Point]) -> str:
+    def triple(self, points: list[Measurement]) -> str:
         cells = [number(self.mean(points, measure)) for measure in DRAWN]
         return NOT_RUN if NOT_RUN in cells else " / ".join(cells)
 
-    def learned_at(self, curve: dict[int, list[Point]]) -> str:
+    def learned_at(self, curve: dict[int, list[Measurement]]) -> str:
         """The first measured step with `part` of the teacher's concept fidelity, of means over concepts."""
         goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
         means = {step: self.mean(points, "concept") for step, points in curve.items()}
@@ -173,13 +184,13 @@ class Report:
     def samplers(self) -> list[str]:
         """Rollouts of K steps, sampled with other numbers of steps."""
         samplers, table = self.settings.lesson_samplers, []
-        ends = {f"K = {k}": [(p.run, p.step) for p in curve.get(self.settings.curve_steps[-1], [])]
+        ends = {f"K = {k}": [(p.training, p.step) for p in curve.get(self.settings.curve_steps[-1], [])]
                 for k, curve in self.plan.lessons(self.rates)["rollout steps K"].items()}
-        for label, runs in {**ends, **{name: [(Run(name, concept), 0) for concept in self.plan.curve_concepts]
+        for label, runs in {**ends, **{name: [(Training(name, concept), 0) for concept in self.plan.curve_concepts]
                                        for name in (BASE, TEACHER)}}.items():
             cells = []
             for sampler in samplers:
-                points = [Point(run, step, sampler) for run, step in runs]
+                points = [Measurement(run, step, sampler) for run, step in runs]
                 cells.append(number(self.mean(points, "concept")) if label == TEACHER else self.triple(points))
             table.append([label, *cells])
         return markdown(["sampled with", *(f"{n} steps" for n in samplers)], table)
@@ -188,9 +199,9 @@ class Report:
         """Table 1's first seed at the learning rates that were chosen and at a smaller one, and the latter's test."""
         seed, table = self.settings.seeds[0], []
         for method in ("sft", "dopsd"):
-            chosen = [p for p in self.plan.table(method, self.rates, "steps") if p.run.seed == seed]
+            chosen = [p for p in self.plan.table(method, self.rates, "steps") if p.training.seed == seed]
             for points in (chosen, self.plan.gentle(method)):
-                rate = f", {points[0].run.lr:g}" if points else ""
+                rate = f", {points[0].training.lr:g}" if points else ""
                 table.append([NAMES[method] + rate, *(self.spread(points, name) for name in COMPARED)])
         lines = {m: self.results.of(self.plan.gentle(m)) for m in ("sft", "dopsd")}
         (test,) = compared(lines, COMPARED, ("sft",))
@@ -198,7 +209,7 @@ class Report:
 
     def validation(self) -> list[str]:
         """The measures on renderings and on damaged ones."""
-        (found,) = self.results.measures([Point(Run(VALIDATION))]) or [{}]
+        (found,) = self.results.measures([Measurement(Training(VALIDATION))]) or [{}]
         if not found:
             return [NOT_RUN]
         columns = list(next(iter(found.values())))

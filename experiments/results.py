@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.protocol import BASE, Plan, Point, Run
+from experiments.protocol import BASE, Measurement, Plan, Training
 from plumbing.files import InputError, append_json_line, write_bytes
 
 
@@ -95,25 +95,25 @@ class Results:
         append_json_line(self.path, line)
         self.measured[point_of(line)] = line
 
-    def of(self, points: Iterable[Point]) -> list[dict]:
+    def of(self, points: Iterable[Measurement]) -> list[dict]:
         """The lines of those points that are measured."""
         return [self.measured[point] for point in points if point in self.measured]
 
-    def measures(self, points: Iterable[Point]) -> list[dict]:
+    def measures(self, points: Iterable[Measurement]) -> list[dict]:
         return [line["measures"] for line in self.of(points)]
 
 
-def line_of(point: Point, groups: tuple[str, ...], kind: str, passes: int, seconds: float, measures: dict) -> dict:
+def line_of(point: Measurement, groups: tuple[str, ...], kind: str, passes: int, seconds: float, measures: dict) -> dict:
     """What the file keeps of a measurement. seconds: of training, all steps until this one."""
-    run = point.run
+    run = point.training
     return {"run": run.name, "groups": list(groups), "method": run.method, "options": dict(run.options),
             "concept": run.concept, "kind": kind, "seed": run.seed, "lr": run.lr, "step": point.step,
             "sampler": point.sampler, "passes": passes, "seconds": round(seconds, 2), "measures": measures}
 
 
-def point_of(line: dict) -> Point:
-    run = Run(line["method"], line["concept"], line["seed"], line["lr"], tuple(line["options"].items()))
-    return Point(run, line["step"], line["sampler"])
+def point_of(line: dict) -> Measurement:
+    run = Training(line["method"], line["concept"], line["seed"], line["lr"], tuple(line["options"].items()))
+    return Measurement(run, line["step"], line["sampler"])
 
 
 # ---------------------------------------------------------------------------------------------------- learning rates
@@ -124,7 +124,7 @@ def score_of_rate(plan: Plan, results: Results, method: str, rate: float) -> flo
     """
     points = plan.tuning(method, rate)
     tuned = results.measures(points)
-    base = results.measures(plan.reference(BASE, (point.run.concept for point in points)))
+    base = results.measures(plan.reference(BASE, (point.training.concept for point in points)))
     if not points or len(tuned) < len(points) or len(base) < len(points):
         return None
     return sum(m["concept"] - max(0.0, b["ordinary"] - m["ordinary"]) for m, b in zip(tuned, base)) / len(points)

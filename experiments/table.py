@@ -87,7 +87,7 @@ class Progress:
 
     def perform(self, title: str, jobs: list[Job], workers: int, *arguments) -> None:
         """Do the jobs and keep every line as it comes."""
-        count, done = sum(len(job.points) for job in jobs), 0
+        count, done = sum(len(job.measurements) for job in jobs), 0
         print(f"{title}: {count} measurements of {len(jobs)} runs", flush=True)
         with contextlib.closing(work(jobs, workers, Laboratory, *arguments)) as messages:
             for job, (kind, content) in messages:
@@ -96,8 +96,8 @@ class Progress:
                     self.results.add(content)
                     self.print_line(content, f"{done}/{count}")
                 elif kind == "failed":
-                    self.failed.append(job.run.name)
-                    print(f"error: {job.run.name}: {content}", file=sys.stderr, flush=True)
+                    self.failed.append(job.training.name)
+                    print(f"error: {job.training.name}: {content}", file=sys.stderr, flush=True)
 
     def print_line(self, line: dict, where: str) -> None:
         shown = [f"{name} {line['measures'][name]:.3f}" for name in ("concept", "ordinary", "ordinary, decided")

@@ -23,7 +23,7 @@ import lora
 import train
 from experiments.concepts import Concept
 from experiments.measure import Examiner, validate
-from experiments.protocol import BASE, TEACHER, VALIDATION, Job, Plan, Point, Run
+from experiments.protocol import BASE, TEACHER, VALIDATION, Job, Measurement, Plan, Training
 from experiments.results import line_of
 from plumbing import files
 from plumbing.files import InputError
@@ -47,33 +47,33 @@ class Laboratory:
         self.judge = Judge(model)
         self.examiner = Examiner(self.judge, plan.settings)
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: Training) -> Path:
         return self.out / "runs" / run.name
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: Training) -> Path:
         """What train.py prints."""
         return self.folder(run) / "log.txt"
 
     def do(self, job: Job) -> Iterator[dict]:
         """A line for every point of a job, as soon as it is measured."""
-        for point, groups in zip(job.points, job.groups):
+        for point, groups in zip(job.measurements, job.groups):
             kind, passes, seconds, adapter = "", 0, 0.0, None
-            if point.run.method == VALIDATION:
+            if point.training.method == VALIDATION:
                 s = self.plan.settings
                 measures = validate(self.judge.reader, s.draw_seed, s.validation_scenes, s.diverse_noises)
             else:
-                concept = self.concepts[point.run.concept]
+                concept = self.concepts[point.training.concept]
                 kind = concept.kind
-                if point.run.is_trained:
-                    seconds, adapter = self.train(point.run, point.step, concept)
-                    passes = self.plan.passes(point.run, point.step)
+                if point.training.is_trained:
+                    seconds, adapter = self.train(point.training, point.step, concept)
+                    passes = self.plan.passes(point.training, point.step)
                 measures, shown, prompts = self.examiner.examine(concept, adapter, point.sampler,
-                                                                 with_picture=point.run.method == TEACHER)
+                                                                 with_picture=point.training.method == TEACHER)
                 self.keep_pictures(point, groups, shown, prompts)
             yield line_of(point, groups, kind, passes, seconds, measures)
         gc.collect()
 
-    def train(self, run: Run, step: int, concept: Concept) -> tuple[float, lora.Adapter]:
+    def train(self, run: Training, step: int, concept: Concept) -> tuple[float, lora.Adapter]:
         """Train or continue until `step`; seconds that all steps so far took, and the student."""
         folder = self.folder(run)
         saved = [saved_step(folder / name) for name in (train.STATE, "student.safetensors")]
@@ -85,9 +85,9 @@ class Laboratory:
         seconds = call_train(words, folder, self.log(run), step)
         return seconds, lora.load(folder / "student.safetensors", self.judge.net)
 
-    def keep_pictures(self, point: Point, groups: tuple[str, ...], shown: list, prompts: list[str]) -> None:
+    def keep_pictures(self, point: Measurement, groups: tuple[str, ...], shown: list, prompts: list[str]) -> None:
         """A strip for the panel: of table 1, first seed, of the concepts that the curves are about."""
-        run = point.run
+        run = point.training
         in_table = run.method in (BASE, TEACHER) or (
             "table 1" in groups and run.seed == self.plan.settings.seeds[0])
         if in_table and point.sampler == self.plan.sampler and run.concept in self.plan.curve_concepts:
@@ -106,16 +106,16 @@ def call_train(words: list[str], folder: Path, log: Path, step: int) -> float:
     return sum(line["seconds"] for line in lines if line["step"] <= step)
 
 
-def train_words(run: Run, step: int) -> list[str]:
+def train_words(run: Training, step: int) -> list[str]:
     """The command line of train.py for a run until `step`, without its folders."""
     flags = {"device": "cpu", "method": run.method, "lr": run.lr, "seed": run.seed, "steps": step, "sample_every": 0,
              "save_every": 100, **dict(run.options)}
     return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
-def picture_file(out: Path, run: Run) -> Path:
+def picture_file(out: Path, run: Training) -> Path:
     """Pictures of a run for the panel."""
-    return out / "pictures" / f"{run.concept}_{Run(run.method).name}.png"
+    return out / "pictures" / f"{run.concept}_{Training(run.method).name}.png"
 
 
 def saved_step(path: Path) -> int:
@@ -133,7 +133,7 @@ def attempt(laboratory, job: Job) -> Iterator[Message]:
         for line in laboratory.do(job):
             yield "line", line
     except (Exception, SystemExit) as error:                        # argparse leaves with SystemExit
-        log = laboratory.log(job.run)
+        log = laboratory.log(job.training)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as file:
             traceback.print_exc(file=file)

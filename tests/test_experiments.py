@@ -17,7 +17,17 @@ import data
 import loss as objectives
 import train
 from experiments import concepts, measure, results, table, work
-from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
+from experiments.protocol import (
+    FULL,
+    METHODS,
+    QUICK,
+    VALIDATION,
+    Measurement,
+    Plan,
+    Settings,
+    Training,
+    passes_per_step,
+)
 from experiments.report import NOT_RUN, Report, crossing
 from experiments.results import Results, choose_rates, line_of
 from plumbing import pictures
@@ -94,10 +104,10 @@ def test_only_table_1_goes_into_the_panel(tmp_path):
     laboratory = SimpleNamespace(plan=plan, out=tmp_path)
     point, other, *_ = plan.table("sft", RATES, "steps")
     gentle = plan.gentle("sft")[0]
-    assert point.run.concept == gentle.run.concept == other.run.concept and point.step == gentle.step
+    assert point.training.concept == gentle.training.concept == other.training.concept and point.step == gentle.step
     for number, (asked, groups) in enumerate(((point, ("table 1",)), (gentle, ("gentle",)), (other, ("table 1",)))):
         work.Laboratory.keep_pictures(laboratory, asked, groups, [torch.full((3, 64, 64), -1.0 + number)], ["a prompt"])
-        assert pictures.open_image(work.picture_file(tmp_path, point.run)).getpixel((10, 10)) == (0, 0, 0)
+        assert pictures.open_image(work.picture_file(tmp_path, point.training)).getpixel((10, 10)) == (0, 0, 0)
 
 
 def test_report_only_reads(small, tmp_path, capsys):
@@ -274,8 +284,8 @@ def test_forward_passes_by_hand():
     assert passes_per_step("dopsd", 8) == 16 and passes_per_step("dopsd", 4, 1) == 5
     plan = Plan(FULL, ABOUT, RECIPE)
     assert [plan.equal_steps(method) for method in METHODS] == [1200, 240, 150, 150, 150]
-    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
-    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
+    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
+    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
 
 
 def test_what_several_tables_ask_for_is_run_once():
@@ -283,18 +293,18 @@ def test_what_several_tables_ask_for_is_run_once():
     parts = plan.second_part(RATES) | plan.third_part(RATES)
     one, two = (plan.table("dopsd", RATES, equal) for equal in ("steps", "passes"))
     assert one == two and len(one) == 4 * 3
-    assert {p.run for p in plan.table("sft", RATES, "passes")} == {p.run for p in plan.table("sft", RATES, "steps")}
+    assert {p.training for p in plan.table("sft", RATES, "passes")} == {p.training for p in plan.table("sft", RATES, "steps")}
     assert plan.curve_concepts == ["a", "b", "s"]
     curve = plan.curves(RATES)["teachers of D-OPSD"]["EMA 0.999"]
     assert set(curve[150]) <= set(one) and plan.lessons(RATES)["rank"]["16"] == curve
     jobs = plan.jobs(parts, set())
-    assert len({job.run for job in jobs}) == len(jobs)
-    trained = [job.run for job in jobs if job.run.is_trained]
+    assert len({job.training for job in jobs}) == len(jobs)
+    trained = [job.training for job in jobs if job.training.is_trained]
     # tables, teachers, lessons, causes, another learning rate: what they share is run once
     assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3 + 2 * 3 + 2 * 4
-    assert jobs[0].points[-1].step == 1200 or len(jobs[0].points) >= 5
-    done = {jobs[0].points[0]}
-    assert plan.jobs(parts, done)[0].points == jobs[0].points[1:]
+    assert jobs[0].measurements[-1].step == 1200 or len(jobs[0].measurements) >= 5
+    done = {jobs[0].measurements[0]}
+    assert plan.jobs(parts, done)[0].measurements == jobs[0].measurements[1:]
 
 
 def test_train_understands_every_run():
@@ -302,7 +312,7 @@ def test_train_understands_every_run():
         plan = Plan(settings, ABOUT, RECIPE)
         points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values(),
                                  *plan.third_part(RATES).values())
-        for run in {point.run for point in points if point.run.is_trained}:
+        for run in {point.training for point in points if point.training.is_trained}:
             cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
             train.check_values(cfg)
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
@@ -312,7 +322,7 @@ def made_up(plan: Plan, file: Results, points, **measures) -> None:
     """Lines for points, with numbers that nobody measured."""
     for point in points:
         if point not in file.measured:
-            spread = sum(map(ord, point.run.name)) % 17 / 100
+            spread = sum(map(ord, point.training.name)) % 17 / 100
             values = {name: 0.5 + spread for name in measure.MEASURES} | measures
             file.add(line_of(point, (), "", 1, 1.0, values))
 
@@ -324,7 +334,7 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
     file.open()
     assert Report(file).text().count(NOT_RUN) > 200                      # nothing was measured yet
     plan = Report(file).plan
-    file.add(line_of(Point(Run(VALIDATION)), (), "", 0, 0.0, {"true renderings": {"concept (object)": 1.0}}))
+    file.add(line_of(Measurement(Training(VALIDATION)), (), "", 0, 0.0, {"true renderings": {"concept (object)": 1.0}}))
     first = plan.first_part()
     made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9)
     good = {point for method, rate in RATES.items() for point in plan.tuning(method, rate)}
@@ -342,9 +352,9 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
             report.results.measured[point]["measures"]["concept"] = fidelity
     assert report.learned_at(curve) == "50"                              # .8 of .9
     for point in report.results.measured:                               # .8 of .9 lies in the middle of 25 and 50
-        if point.run.concept == "a" and point.step == 50:
+        if point.training.concept == "a" and point.step == 50:
             report.results.measured[point]["measures"]["ordinary"] = 0.5
-        if point.run.concept == "a" and point.step == 25:
+        if point.training.concept == "a" and point.step == 25:
             report.results.measured[point]["measures"]["ordinary"] = 0.7
     (line,) = [line for line in report.crossings("dopsd")[0] if line["concept"] == "a"]
     assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)

@@ -11,7 +11,7 @@ import torch
 
 from experiments import work
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
-from experiments.protocol import Job, Run
+from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
 
 
@@ -52,17 +52,17 @@ class Fake:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: Training) -> Path:
         return self.folder / f"{run.name}.txt"
 
     def do(self, job: Job):
-        yield {"name": job.run.name}
-        if job.run.name == "fails":
+        yield {"name": job.training.name}
+        if job.training.name == "fails":
             raise InputError("so it goes")
-        if job.run.name == "dies":
+        if job.training.name == "dies":
             os._exit(3)
         try:
-            while job.run.name == "sleeps":
+            while job.training.name == "sleeps":
                 (self.folder / "asleep").touch()
                 time.sleep(0.05)
         except KeyboardInterrupt:
@@ -71,7 +71,7 @@ class Fake:
 
 
 def test_processes_share_jobs_and_stop_together(tmp_path):
-    jobs = [Job(Run(name), (), ()) for name in ("dies", "fails", "works", "sleeps")]
+    jobs = [Job(Training(name), (), ()) for name in ("dies", "fails", "works", "sleeps")]
     messages = work.work(jobs, 2, Fake, tmp_path)
     ends, lines = {}, []
     while len(lines) < 4 or len(ends) < 3:
@@ -79,7 +79,7 @@ def test_processes_share_jobs_and_stop_together(tmp_path):
         if kind == "line":
             lines.append(content["name"])
         else:
-            ends[job.run.name] = kind, content
+            ends[job.training.name] = kind, content
     assert sorted(lines) == ["dies", "fails", "sleeps", "works"]
     assert ends["works"] == ("done", None)
     assert ends["fails"] == ("failed", f"so it goes (log: {tmp_path / 'fails.txt'})")

@@ -93,8 +93,8 @@ def test_the_table(small):
     rows = {cells[0]: cells[1:] for cells in split}
     assert set(ROWS) <= set(rows) and rows[""][:2] == [facts["words"] for facts in results.facts["concepts"].values()]
     for label, (method, options) in ROWS.items():
-        found = {point.run.concept: line["measures"] for point, line in results.measured.items()
-                 if (point.run.method, point.run.options) == (method, options)}
+        found = {point.training.concept: line["measures"] for point, line in results.measured.items()
+                 if (point.training.method, point.training.options) == (method, options)}
         usual = [found[one], found[two]] if label == "teacher alone" else [found[""]]
         numbers = [found[one]["concept"], found[two]["concept"], (found[one]["concept"] + found[two]["concept"]) / 2,
                    *(sum(m[name] for m in usual) / len(usual) for name in ("ordinary", "ordinary, decided"))]
@@ -217,10 +217,10 @@ def test_all_runs_by_hand(tmp_path):
     plan = Plan(FULL, tuple(found), EMBEDDED, tmp_path / "runs")
     first, second = plan.jobs()
     assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
-    points = [point for job in first + second for point in job.points]
+    points = [point for job in first + second for point in job.measurements]
     assert len(set(points)) == len(points) == 5 + 12 + 21 * 5
-    trained = [job.run.name for job in first + second if job.run.method in merge_plan.TRAINED]
+    trained = [job.training.name for job in first + second if job.training.method in merge_plan.TRAINED]
     assert len(set(trained)) == len(trained) == 12 + 15
     assert {point.step for point in points} == {0, plan.recipe.steps, 150} and FULL.teacher_steps is None
-    assert [job.run for job in plan.with_lost([], second)] == [job.run for job in first[1:]]
+    assert [job.training for job in plan.with_lost([], second)] == [job.training for job in first[1:]]
     assert merge_plan.left(first, Results(tmp_path / "none.jsonl", {})) == first
