@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         share, guess = leak(drawn.rows, usual, concept)
         table.append([name, label, f"{fidelity(drawn_new.rows, new.rows, kind):.3f}",
                       f"{told_accuracy(drawn.rows, usual.rows, usual.told):.3f}", f"{share:.2f}", f"{guess:.2f}"])
-    print(*markdown(["", "adapter at steps", "concept", "ordinary", "concept's", "by guessing"], table))
+    print(markdown(["", "adapter at steps", "concept", "ordinary", "concept's", "by guessing"], table))
     return 0
 
 

@@ -27,7 +27,6 @@ if not __package__:
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from torch import Tensor
 
 import data
 import lora
+from experiments.figures import pyplot
 from experiments.report import markdown
 from plumbing.checkpoints import backbone_of, model_folder, recipe_of
 from plumbing.files import InputError, check_writable, read_json, write_bytes
@@ -137,17 +137,13 @@ def table(rows: list[dict[str, float]], samples: int, noise: float) -> str:
     return "\n\n".join([
         f"Relative variance of one sample's gradient: trace of the covariance / squared norm of the mean, {samples} "
         f"samples at each noise level, a = {noise:g}. KL and gradients are sums over elements.",
-        *markdown(list(COLUMNS), cells)]) + "\n"
+        markdown(COLUMNS, cells)]) + "\n"
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> bool:
     """The same as bars on a logarithmic scale; whether there is matplotlib to draw them."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")                                       # no window
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"warning: no {path.name}, matplotlib is missing; pip install -r requirements-dev.txt", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return False
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     for number, name in enumerate(ESTIMATES):

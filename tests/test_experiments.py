@@ -1,7 +1,6 @@
 """experiments/: the protocol against counts by hand, measures on renderings, and small tables end to end with the
 shipped model. Nobody judges its pictures here, and no time is asserted."""
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -16,16 +15,18 @@ import torch
 import data
 import loss as objectives
 import train
-from experiments import concepts, measure, results, table, work
+from experiments import concepts, measure, results, runner, table
 from experiments.protocol import (
     FULL,
     METHODS,
     QUICK,
     VALIDATION,
+    Job,
     Measurement,
     Plan,
     Settings,
     Training,
+    left,
     passes_per_step,
 )
 from experiments.report import NOT_RUN, Report, crossing
@@ -60,7 +61,7 @@ def reader(judge) -> Reader:
 @pytest.fixture
 def quick_start(judge, monkeypatch):
     """Laboratories share the models of the test module instead of loading them again."""
-    monkeypatch.setattr(work, "Judge", lambda folder: judge)
+    monkeypatch.setattr(runner, "Judge", lambda folder: judge)
 
 
 def lines_of(out: Path) -> list[dict]:
@@ -75,7 +76,7 @@ def small(judge, tmp_path_factory) -> Path:
     """The folder of a finished small table."""
     out = tmp_path_factory.mktemp("experiments") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "Judge", lambda folder: judge)
+        patch.setattr(runner, "Judge", lambda folder: judge)
         assert table.run(TINY, out) == 0
     return out
 
@@ -100,14 +101,16 @@ def test_a_small_table_end_to_end(small):
 
 
 def test_only_table_1_goes_into_the_panel(tmp_path):
-    plan = Plan(FULL, ABOUT, RECIPE)
-    laboratory = SimpleNamespace(plan=plan, out=tmp_path)
-    point, other, *_ = plan.table("sft", RATES, "steps")
+    plan = Plan(FULL, ABOUT, RECIPE, RATES)
+    examiner = SimpleNamespace(plan=plan, out=tmp_path)
+    point, other, *_ = plan.table("sft", "steps")
     gentle = plan.gentle("sft")[0]
     assert point.training.concept == gentle.training.concept == other.training.concept and point.step == gentle.step
-    for number, (asked, groups) in enumerate(((point, ("table 1",)), (gentle, ("gentle",)), (other, ("table 1",)))):
-        work.Laboratory.keep_pictures(laboratory, asked, groups, [torch.full((3, 64, 64), -1.0 + number)], ["a prompt"])
-        assert pictures.open_image(work.picture_file(tmp_path, point.training)).getpixel((10, 10)) == (0, 0, 0)
+    for number, (asked, group) in enumerate(((point, "table 1"), (gentle, "gentle"), (other, "table 1"))):
+        asked = dataclasses.replace(asked, groups=(group,))
+        measure.Examiner.keep(examiner, asked, torch.full((1, 3, 64, 64), -1.0 + number), ["a prompt"])
+        file = measure.picture_file(tmp_path, point.training)
+        assert pictures.open_image(file).getpixel((10, 10)) == (0, 0, 0)
 
 
 def test_report_only_reads(small, tmp_path, capsys):
@@ -135,7 +138,7 @@ def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path
             table.run(TINY, tmp_path)
     before = lines_of(tmp_path)
     assert 0 < len(before) < len(lines_of(small))
-    assert work.saved_step(next((tmp_path / "runs").glob("sft_*")) / train.STATE) == 4
+    assert runner.saved_step(next((tmp_path / "runs").glob("sft_*")) / train.STATE) == 4
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"settings": "' + before[0]["settings"] + '", "run": "df')
     capsys.readouterr()
@@ -276,6 +279,7 @@ RECIPE = {"rollout_steps": 4, "inference_steps": 4, "accumulate": 1, "rank": 16,
 ABOUT = {"a": {"kind": "object", "tuning": False, "words": "a"}, "b": {"kind": "object", "tuning": False, "words": "b"},
          "c": {"kind": "object", "tuning": False, "words": "c"}, "s": {"kind": "style", "tuning": False, "words": "s"},
          "t": {"kind": "object", "tuning": True, "words": "t"}, "u": {"kind": "style", "tuning": True, "words": "u"}}
+FOLDERS = {name: Path("data", name) for name in ABOUT}
 RATES = {"sft": 1e-4, "sft-teacher": 3e-4, "off-policy": 3e-4, "pso": 1e-4, "dopsd": 1e-3}
 
 
@@ -289,31 +293,34 @@ def test_forward_passes_by_hand():
 
 
 def test_what_several_tables_ask_for_is_run_once():
-    plan = Plan(FULL, ABOUT, RECIPE)
-    parts = plan.second_part(RATES) | plan.third_part(RATES)
-    one, two = (plan.table("dopsd", RATES, equal) for equal in ("steps", "passes"))
+    plan = Plan(FULL, ABOUT, RECIPE, RATES)
+    parts = plan.second_part() | plan.third_part()
+    one, two = (plan.table("dopsd", equal) for equal in ("steps", "passes"))
     assert one == two and len(one) == 4 * 3
-    assert {p.training for p in plan.table("sft", RATES, "passes")} == {p.training for p in plan.table("sft", RATES, "steps")}
+    few, many = (plan.table("sft", equal) for equal in ("steps", "passes"))
+    assert {m.training for m in few} == {m.training for m in many}
     assert plan.curve_concepts == ["a", "b", "s"]
-    curve = plan.curves(RATES)["teachers of D-OPSD"]["EMA 0.999"]
-    assert set(curve[150]) <= set(one) and plan.lessons(RATES)["rank"]["16"] == curve
-    jobs = plan.jobs(parts, set())
+    curve = plan.curves()["teachers of D-OPSD"]["EMA 0.999"]
+    assert set(curve[150]) <= set(one) and plan.lessons()["rank"]["16"] == curve
+    jobs = plan.jobs(parts, FOLDERS)
     assert len({job.training for job in jobs}) == len(jobs)
     trained = [job.training for job in jobs if job.training.is_trained]
     # tables, teachers, lessons, causes, another learning rate: what they share is run once
     assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3 + 2 * 3 + 2 * 4
     assert jobs[0].measurements[-1].step == 1200 or len(jobs[0].measurements) >= 5
     done = {jobs[0].measurements[0]}
-    assert plan.jobs(parts, done)[0].measurements == jobs[0].measurements[1:]
+    assert left(jobs, done)[0].measurements == jobs[0].measurements[1:] and left(jobs, set()) == jobs
 
 
 def test_train_understands_every_run():
     for settings in (FULL, QUICK):
-        plan = Plan(settings, ABOUT, RECIPE)
-        points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values(),
-                                 *plan.third_part(RATES).values())
-        for run in {point.training for point in points if point.training.is_trained}:
-            cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
+        plan = Plan(settings, ABOUT, RECIPE, RATES)
+        for job in plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), FOLDERS):
+            run = job.training
+            if not run.is_trained:
+                continue
+            cfg = parse(train.Options, [*job.words, *runner.train_words(run, 10)], "")
+            assert cfg.data == [str(FOLDERS[run.concept])]
             train.check_values(cfg)
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
 
@@ -324,28 +331,30 @@ def made_up(plan: Plan, file: Results, points, **measures) -> None:
         if point not in file.measured:
             spread = sum(map(ord, point.training.name)) % 17 / 100
             values = {name: 0.5 + spread for name in measure.MEASURES} | measures
-            file.add(line_of(point, (), "", 1, 1.0, values))
+            file.add(line_of(point, Job(point.training, passes=1), 1.0, values))
 
 
 def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
-    facts = {"protocol": json.loads(json.dumps(dataclasses.asdict(FULL))), "recipe": RECIPE, "concepts": ABOUT}
-    del facts["protocol"]["methods"]
+    facts = {"protocol": FULL.facts(), "recipe": RECIPE, "concepts": ABOUT}
+    assert set(facts["protocol"]) == {field.name for field in dataclasses.fields(FULL)} - {"methods"}
     file = Results(tmp_path / "results.jsonl", facts)
     file.open()
     assert Report(file).text().count(NOT_RUN) > 200                      # nothing was measured yet
     plan = Report(file).plan
-    file.add(line_of(Measurement(Training(VALIDATION)), (), "", 0, 0.0, {"true renderings": {"concept (object)": 1.0}}))
+    validation = Training(VALIDATION)
+    file.add(line_of(Measurement(validation), Job(validation), 0.0, {"true renderings": {"concept (object)": 1.0}}))
     first = plan.first_part()
     made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9)
     good = {point for method, rate in RATES.items() for point in plan.tuning(method, rate)}
     made_up(plan, file, good, concept=0.8, ordinary=0.95)               # what is gained in ordinary accuracy is nothing
     made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.8)    # .85 - .10 < .8
     assert choose_rates(plan, file) == RATES
-    for points in (plan.second_part(RATES) | plan.third_part(RATES)).values():
+    plan.rates = RATES
+    for points in (plan.second_part() | plan.third_part()).values():
         made_up(plan, file, points)
     report = Report(Results(tmp_path / "results.jsonl"))
-    assert report.rates == RATES and NOT_RUN not in report.text()
-    curve = plan.curve("dopsd", RATES)
+    assert report.plan.rates == RATES and NOT_RUN not in report.text()
+    curve = plan.curve("dopsd")
     assert report.learned_at(curve) == "0"                               # the made-up base has the teacher's fidelity
     for step, fidelity in ((0, 0.1), (10, 0.5), (25, 0.71), (50, 0.73)):
         for point in curve[step]:

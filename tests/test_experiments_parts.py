@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import work
+from experiments import runner
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
@@ -71,19 +72,19 @@ class Fake:
 
 
 def test_processes_share_jobs_and_stop_together(tmp_path):
-    jobs = [Job(Training(name), (), ()) for name in ("dies", "fails", "works", "sleeps")]
-    messages = work.work(jobs, 2, Fake, tmp_path)
+    jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
+    messages = runner.work(jobs, 2, partial(Fake, tmp_path))
     ends, lines = {}, []
     while len(lines) < 4 or len(ends) < 3:
-        job, (kind, content) = next(messages)
-        if kind == "line":
-            lines.append(content["name"])
+        job, message = next(messages)
+        if isinstance(message, dict):
+            lines.append(message["name"])
         else:
-            ends[job.training.name] = kind, content
+            ends[job.training.name] = message
     assert sorted(lines) == ["dies", "fails", "sleeps", "works"]
-    assert ends["works"] == ("done", None)
-    assert ends["fails"] == ("failed", f"so it goes (log: {tmp_path / 'fails.txt'})")
-    assert ends["dies"][0] == "failed" and "process ended" in ends["dies"][1]
+    assert ends["works"] is None
+    assert ends["fails"] == f"so it goes (log: {tmp_path / 'fails.txt'})"
+    assert "process ended" in ends["dies"]
     while not (tmp_path / "asleep").exists():
         time.sleep(0.05)
     messages.close()                                                     # what Ctrl-C in the parent leads to
