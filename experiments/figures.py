@@ -37,7 +37,7 @@ def draw_curves(report: Report, path: Path) -> list[Path]:
     plt = pyplot(path)
     if plt is None:
         return []
-    figures, plan, drawn = report.plan.curves(), report.plan, False
+    figures, plan, drawn = report.plan.ablations(), report.plan, False
     figure, axes = plt.subplots(len(DRAWN), len(figures), figsize=(5 * len(figures), 2.6 * len(DRAWN)), sharex=True,
                                 sharey="row", squeeze=False, layout="constrained")
     for column, (title, curves) in enumerate(figures.items()):

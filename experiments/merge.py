@@ -21,6 +21,7 @@ if not __package__:
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,24 +102,23 @@ def combined(adapters: list[lora.Adapter], weight: float = 1.0) -> lora.Adapter:
 
 
 # ------------------------------------------------------------------------------------------------- concepts and texts
-def named(text: str, concept: Concept) -> str:
+def named(kind: str, row: Sequence[int], text: str) -> str:
     """A caption that says an object's class beside [V]: "a big [V] on mint" -> "a big [V] star on mint"."""
-    shape = SHAPES[concept.row[COLUMN["shape"]]]
-    return text.replace("[V]", f"[V] {shape}") if concept.kind == "object" else text
+    return text.replace("[V]", f"[V] {SHAPES[row[COLUMN['shape']]]}") if kind == "object" else text
 
 
 def new_prompts(concept: Concept, settings: Settings) -> Prompts:
     """New prompts with [V], and what they ask for."""
     g = data.generator(settings.draw_seed, "concept prompts", concept.name)
     prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
-    return dataclasses.replace(prompts, captions=[named(text, concept) for text in prompts.captions])
+    return dataclasses.replace(prompts, captions=[named(concept.kind, concept.row, text) for text in prompts.captions])
 
 
 def captions_of(concept: Concept, settings: Settings) -> list[str]:
     """Different captions of new scenes with the concept, many of which leave something open. None is a test prompt."""
     g = data.generator(settings.draw_seed, "captions", concept.name)
     rows = new_scenes(concept.kind, torch.tensor(concept.row), 16 * settings.captions, g)
-    texts = dict.fromkeys(named(caption(row, random_tell(g), concept.kind), concept) for row in rows)
+    texts = dict.fromkeys(named(concept.kind, concept.row, caption(row, random_tell(g), concept.kind)) for row in rows)
     tested = set(new_prompts(concept, settings).captions)
     return [text for text in texts if text not in tested][:settings.captions]
 
@@ -135,12 +135,10 @@ def prepare(settings: Settings, parent: Path) -> list[Concept]:
         firsts.setdefault(int(row[COLUMN["shape"]]), (kind, row))
     render, found = Renderer(), []
     for kind, row in [*list(firsts.values())[:settings.objects], style]:
-        concept = drawing.write(kind, row, parent / "pictures", settings.draw_seed, render)
-        for file in sorted(concept.folder.glob("*.txt")):
-            write_bytes(file, named(file.read_text(), concept).encode())
-        found.append(dataclasses.replace(concept, key=drawing.key_of(data.read_folder(concept.folder))))
-        lines = [json.dumps({"text": text}) + "\n" for text in captions_of(concept, settings)]
-        write_bytes(captions_folder(concept) / "metadata.jsonl", "".join(lines).encode())
+        found.append(drawing.write(kind, row, parent / "pictures", settings.draw_seed, render,
+                                   say=partial(named, kind, row.tolist())))
+        lines = [json.dumps({"text": text}) + "\n" for text in captions_of(found[-1], settings)]
+        write_bytes(captions_folder(found[-1]) / "metadata.jsonl", "".join(lines).encode())
     return found
 
 

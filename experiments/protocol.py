@@ -10,7 +10,6 @@ from plumbing.files import InputError
 
 METHODS = ("sft", "sft-teacher", "off-policy", "pso", "dopsd")      # rows of the tables, ours last
 BASE, TEACHER = "base", "teacher's view"                            # rows of reference, which nothing is trained for
-CURVES = ("sft", "sft-teacher", "off-policy", "dopsd")              # ablation (a) of the paper
 VALIDATION = "validation"                                           # the measures, on renderings
 
 
@@ -115,11 +114,15 @@ def left(jobs: list[Job], done: Container[Measurement]) -> list[Job]:
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
-TEACHERS = {"live copy": {"teacher": "copy"}, "EMA 0.9": {"ema": 0.9}, "frozen base": {"teacher": "base"}}
-LESSONS = {"loss": {"v": {"loss": "v"}, "x0": {"loss": "x0"}},
-           "rollout steps K": {str(k): {"rollout_steps": k} for k in (2, 4, 8)},
-           "states with gradient": {str(n): {"grad_states": n} for n in (1, 2, 4)},
-           "rank": {str(r): {"rank": r, "alpha": r} for r in (4, 16, 64)}}
+# Curves, label -> (method, options of train.py, steps after those of the protocol)
+METHOD_CURVES = {method: (method, {}) for method in ("sft", "sft-teacher", "off-policy", "dopsd")}  # ablation (a)
+TEACHERS = {"live copy": ("dopsd", {"teacher": "copy"}), "EMA 0.9": ("dopsd", {"ema": 0.9}),        # ablation (b)
+            "frozen base": ("dopsd", {"teacher": "base"})}
+ROLLOUTS = (2, 4, 8)
+LESSONS = {**{f"loss {loss}": ("dopsd", {"loss": loss}) for loss in ("v", "x0")},
+           **{f"rollout steps K {K}": ("dopsd", {"rollout_steps": K}) for K in ROLLOUTS},
+           **{f"states with gradient {n}": ("dopsd", {"grad_states": n}) for n in (1, 2, 4)},
+           **{f"rank {rank}": ("dopsd", {"rank": rank, "alpha": rank}) for rank in (4, 16, 64)}}
 EARLY = (10, 25, 50)    # optimizer steps at which runs are measured for table 3, besides 0 and the steps of table 1
 GENTLE = 3e-4           # learning rate of the embedded recipe: table 1 once more for two methods, first seed
 # Claims of the paper that do not show in 150 steps: is the run too short, the EMA too slow, the grid too kind? In 300
@@ -129,8 +132,8 @@ LONGER = 300
 CAUSES = {"D-OPSD": ("dopsd", {}, [LONGER]), "off-policy": ("off-policy", {}, [LONGER]),
           "D-OPSD, frozen base": ("dopsd", {"teacher": "base"}, [LONGER]),
           "D-OPSD, EMA 0.99": ("dopsd", {"ema": 0.99}, [LONGER]),
-          "D-OPSD, K = 8": ("dopsd", {"rollout_steps": 8}, []),
-          "off-policy, K = 8": ("off-policy", {"rollout_steps": 8}, [])}    # label: method, options, more steps
+          "D-OPSD, K = 8": ("dopsd", {"rollout_steps": 8}),
+          "off-policy, K = 8": ("off-policy", {"rollout_steps": 8})}
 Curve = dict[int, list[Measurement]]    # optimizer steps -> one measurement for each concept
 
 
@@ -191,43 +194,36 @@ class Plan:
         return self.trained(method, self.test, self.settings.steps, rate=GENTLE)
 
     # -------------------------------------------------------------------------------------------- curves
-    def curve(self, method: str, options: dict | None = None, longer: Iterable[int] = ()) -> Curve:
+    def curve(self, method: str, options: dict | None = None, longer: Iterable[int] = (),
+              concepts: Iterable[str] | None = None, steps: Iterable[int] | None = None) -> Curve:
         """First seed; 0 is the base. longer: more steps."""
-        return self.through((*self.settings.curve_steps, *longer), method, self.curve_concepts, options)
+        if method not in self.rates:
+            return {}
+        concepts, steps = concepts or self.curve_concepts, steps or self.settings.curve_steps
+        return {0: self.reference(BASE, concepts),
+                **{step: self.trained(method, concepts, step, options) for step in (*steps, *longer)}}
 
     def early(self, method: str, concept: str) -> Curve:
         """Of one concept: how table 3 finds where a fidelity is reached."""
-        return self.through(self.early_steps[1:], method, [concept])
+        return self.curve(method, concepts=[concept], steps=self.early_steps[1:])
 
-    def through(self, steps: Iterable[int], method: str, concepts: list[str], options: dict | None = None) -> Curve:
-        if method not in self.rates:
-            return {}
-        return {0: self.reference(BASE, concepts),
-                **{step: self.trained(method, concepts, step, options) for step in steps}}
+    def curves(self, variants: dict[str, tuple]) -> dict[str, Curve]:
+        """Of METHOD_CURVES and the like, by label."""
+        return {label: self.curve(*variant) for label, variant in variants.items()}
 
-    def curves(self) -> dict[str, dict[str, Curve]]:
+    def ablations(self) -> dict[str, dict[str, Curve]]:
         """Title -> label -> curve."""
-        methods = {method: self.curve(method) for method in CURVES}
-        teachers = {label: self.curve("dopsd", options) for label, options in TEACHERS.items()}
-        teachers[f"EMA {self.recipe['ema']:g}"] = self.curve("dopsd")
-        return {"methods": methods, **({"teachers of D-OPSD": teachers} if self.settings.teachers else {})}
-
-    def lessons(self) -> dict[str, dict[str, Curve]]:
-        """Number of the recipe -> its value -> curve of D-OPSD."""
-        return {title: {value: self.curve("dopsd", options) for value, options in values.items()}
-                for title, values in LESSONS.items()}
+        teachers = {**TEACHERS, f"EMA {self.recipe['ema']:g}": ("dopsd",)}
+        return {"methods": self.curves(METHOD_CURVES),
+                **({"teachers of D-OPSD": self.curves(teachers)} if self.settings.teachers else {})}
 
     def samplers(self) -> dict[str, Curve]:
         """Label -> solver steps -> measured: students of K steps and the references, sampled with other numbers."""
-        last = self.settings.curve_steps[-1]
-        found = {f"K = {k}": curve.get(last, []) for k, curve in self.lessons()["rollout steps K"].items()}
+        found = {f"K = {K}": self.trained("dopsd", self.curve_concepts, self.settings.curve_steps[-1],
+                                          {"rollout_steps": K}) for K in ROLLOUTS}
         found |= {name: self.reference(name, self.curve_concepts) for name in (BASE, TEACHER)}
         return {label: {sampler: [replace(m, sampler=sampler) for m in measurements]
                         for sampler in self.settings.lesson_samplers} for label, measurements in found.items()}
-
-    def causes(self) -> dict[str, Curve]:
-        """Label -> curve of what might explain where the small world differs from the paper."""
-        return {label: self.curve(*cause) for label, cause in CAUSES.items()}
 
     # -------------------------------------------------------------------------------------------- everything
     def first_part(self) -> dict[str, list[Measurement]]:
@@ -243,16 +239,16 @@ class Plan:
         return {"table 1": [m for method in self.rates for m in self.table(method, "steps")],
                 "table 2": [m for method in self.rates for m in self.table(method, "passes")],
                 "table 3": together(self.early(method, name) for method in self.rates for name in self.test),
-                "curves": together(curve for curves in self.curves().values() for curve in curves.values())}
+                "curves": together(curve for curves in self.ablations().values() for curve in curves.values())}
 
     def third_part(self) -> dict[str, list[Measurement]]:
         """What the numbers of the recipe do, and where the small world differs from the paper: part -> measurements."""
         if not self.settings.lessons:
             return {}
-        lessons = [curve for curves in self.lessons().values() for curve in curves.values()]
-        return {"lessons": together([*lessons, *self.samplers().values()] if "dopsd" in self.rates else []),
+        lessons = [*self.curves(LESSONS).values(), *self.samplers().values()]
+        return {"lessons": together(lessons if "dopsd" in self.rates else []),
                 "gentle": [m for method in ("sft", "dopsd") if method in self.rates for m in self.gentle(method)],
-                "causes": together(self.causes().values())}
+                "causes": together(self.curves(CAUSES).values())}
 
     def jobs(self, parts: dict[str, list[Measurement]], data: dict[str, Path]) -> list[Job]:
         """The trainings of `parts`, long ones first (the end then comes evenly). data: folder of each concept."""

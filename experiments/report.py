@@ -9,7 +9,9 @@ from experiments.compare import Paired, mean_and_spread, paired
 from experiments.measure import MEASURES
 from experiments.protocol import (
     BASE,
+    CAUSES,
     GENTLE,
+    LESSONS,
     LONGER,
     METHODS,
     TEACHER,
@@ -172,10 +174,9 @@ class Report:
     def lessons(self) -> str:
         """What each number of the recipe does."""
         table = []
-        for title, curves in self.plan.lessons().items():
-            for value, curve in curves.items():
-                last = curve.get(self.settings.curve_steps[-1], [])
-                table.append([f"{title} {value}", self.learned_at(curve), *self.means(last), *self.cost(last)[1:]])
+        for label, curve in self.plan.curves(LESSONS).items():
+            last = curve.get(self.settings.curve_steps[-1], [])
+            table.append([label, self.learned_at(curve), *self.means(last), *self.cost(last)[1:]])
         return markdown(["", f"step with {self.settings.part:g} of the teacher's concept", *DRAWN, "passes", "seconds"],
                         table)
 
@@ -225,7 +226,7 @@ class Report:
             "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
             self.learning_rates(), "## Curves", "Each cell: " + " / ".join(DRAWN) + "; mean over "
             + ", ".join(plan.curve_concepts) + "; one seed."]
-        for title, curves in plan.curves().items():
+        for title, curves in plan.ablations().items():
             parts += [f"By {title}:", self.curve_table(curves)]
         if s.lessons:
             gentle, its_test = self.gentle()
@@ -234,7 +235,7 @@ class Report:
                       "## A smaller learning rate", f"Table 1 with seed {s.seeds[0]}, at the chosen rates and at "
                       f"{GENTLE:g}.", gentle, f"Paired differences at {GENTLE:g}, over concepts:", its_test,
                       "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
-                      "curves.", self.curve_table(plan.causes(), [LONGER])]
+                      "curves.", self.curve_table(plan.curves(CAUSES), [LONGER])]
         return "\n\n".join([*parts, "## The measures themselves", "On true renderings and on damaged ones:",
                             self.validation()]) + "\n"
 

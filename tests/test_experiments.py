@@ -18,6 +18,7 @@ import train
 from experiments import concepts, measure, results, runner, table
 from experiments.protocol import (
     FULL,
+    LESSONS,
     METHODS,
     QUICK,
     VALIDATION,
@@ -300,8 +301,8 @@ def test_what_several_tables_ask_for_is_run_once():
     few, many = (plan.table("sft", equal) for equal in ("steps", "passes"))
     assert {m.training for m in few} == {m.training for m in many}
     assert plan.curve_concepts == ["a", "b", "s"]
-    curve = plan.curves()["teachers of D-OPSD"]["EMA 0.999"]
-    assert set(curve[150]) <= set(one) and plan.lessons()["rank"]["16"] == curve
+    curve = plan.ablations()["teachers of D-OPSD"]["EMA 0.999"]
+    assert set(curve[150]) <= set(one) and plan.curves(LESSONS)["rank 16"] == curve
     jobs = plan.jobs(parts, FOLDERS)
     assert len({job.training for job in jobs}) == len(jobs)
     trained = [job.training for job in jobs if job.training.is_trained]
@@ -367,6 +368,22 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
             report.results.measured[point]["measures"]["ordinary"] = 0.7
     (line,) = [line for line in report.crossings("dopsd")[0] if line["concept"] == "a"]
     assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)
+
+
+def test_the_shipped_results_are_those_of_the_plan():
+    """All that the protocol asks for and nothing else, so --report makes the shipped tables."""
+    shipped = ROOT / "experiments" / "results"
+    file = Results(shipped / "results.jsonl")
+    assert file.facts["protocol"] == json.loads(json.dumps(FULL.facts()))
+    plan = Plan(FULL, file.facts["concepts"], file.facts["recipe"])
+    plan.rates = choose_rates(plan, file)
+    jobs = plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), dict.fromkeys(plan.concepts, ROOT))
+    assert {m for job in jobs for m in job.measurements} == set(file.measured)
+    for job in jobs:
+        for line in file.of(job.measurements):
+            assert (line["run"], line["kind"], line["passes"]) == (job.training.name, job.kind,
+                                                                   line["step"] * job.passes)
+    assert Report(file).text() == (shipped / "tables.md").read_text()
 
 
 def test_where_a_curve_crosses_a_goal():

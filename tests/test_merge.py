@@ -15,7 +15,7 @@ from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of, co
 from experiments.protocol import METHODS, left
 from experiments.results import Results
 from plumbing.checkpoints import EMBEDDED, recipe_of
-from plumbing.files import InputError
+from plumbing.files import ROOT, InputError
 from plumbing.pictures import open_image, to_tensor
 from tiny.score import Judge, of_concept
 from tiny.world import COLUMN, held_out_object, held_out_style
@@ -126,6 +126,11 @@ def test_interrupted_and_continued_is_the_same(small, quick_start, checkpoint, t
     assert lines_of(tmp_path) == lines_of(small)
     assert len(list((tmp_path / "runs").glob("merge-*/*/student.safetensors"))) == 3       # two teachers, one student
     assert (tmp_path / "merge.md").read_text() == (small / "merge.md").read_text()
+
+
+def test_the_shipped_table():
+    shipped = ROOT / "experiments" / "results"
+    assert merge.table(Results(shipped / "merge.jsonl")) == (shipped / "merge.md").read_text()
 
 
 def test_spread_over_seeds():
