@@ -6,7 +6,7 @@ the style chalk checked, which is a tuning concept. `read` takes folders of the 
 """
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,19 @@ def draw_concepts(objects: int, styles: int, tuning_objects: int, seed: int
     return test, rows[objects:] + [("style", world.scene(**CHALK))]
 
 
+def firsts(items: Iterable, key: Callable) -> list:
+    """The first item of each key, in order."""
+    found = {}
+    for item in items:
+        found.setdefault(key(item), item)
+    return list(found.values())
+
+
 def draw_training_scenes(kind: str, concept: Tensor, g: torch.Generator) -> Tensor:
     """Four scenes (4, 9) with the concept: different places and backdrops, both sizes; for a style different shapes."""
     rows = draw_scenes(256, g, styled=0.0)
     if kind == "style":                                                         # the first scene of each shape
-        firsts = {int(shape): index for index, shape in reversed(list(enumerate(rows[:, COLUMN["shape"]])))}
-        rows = rows[sorted(firsts.values())]
+        rows = torch.stack(firsts(rows, lambda row: int(row[COLUMN["shape"]])))
     rows = rows[:PICTURES].clone()
     rows[:, COLUMNS[kind]] = concept[COLUMNS[kind]]
     for name in ("place", "backdrop"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from experiments.concepts import firsts
 from experiments.measure import picture_file
 from experiments.protocol import BASE, METHODS, TEACHER, Training
 from experiments.report import DRAWN, NAMES, Report
@@ -81,12 +82,9 @@ def draw_panel(report: Report, path: Path) -> list[Path]:
 
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
-    kinds: dict[str, str] = {}                                      # the first concept of each kind
-    for name in report.plan.curve_concepts:
-        kinds.setdefault(report.concepts[name]["kind"], name)
     columns: dict[str, list] = {method: [] for method in (BASE, *METHODS, TEACHER)}
     rows: list[str] = []
-    for concept in kinds.values():
+    for concept in firsts(report.plan.curve_concepts, lambda name: report.concepts[name]["kind"]):
         found = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
         strips = {method: tiles(file) for method, file in found.items() if file.is_file()}
         if not strips:

@@ -130,11 +130,9 @@ def captions_folder(concept: Concept) -> Path:
 def prepare(settings: Settings, parent: Path) -> list[Concept]:
     """Write the concepts: parent/pictures/NAME, with captions, and parent/captions/NAME, captions alone."""
     (*objects, style), _ = drawing.draw_concepts(50, 1, 0, settings.draw_seed)
-    firsts: dict[int, tuple] = {}                                                       # the first object of each shape
-    for kind, row in objects:
-        firsts.setdefault(int(row[COLUMN["shape"]]), (kind, row))
+    of_different_shapes = drawing.firsts(objects, lambda found: int(found[1][COLUMN["shape"]]))
     render, found = Renderer(), []
-    for kind, row in [*list(firsts.values())[:settings.objects], style]:
+    for kind, row in [*of_different_shapes[:settings.objects], style]:
         found.append(drawing.write(kind, row, parent / "pictures", settings.draw_seed, render,
                                    say=partial(named, kind, row.tolist())))
         lines = [json.dumps({"text": text}) + "\n" for text in captions_of(found[-1], settings)]
@@ -166,18 +164,16 @@ class Plan:
         """
         method, options = ROWS[label]
         names = [concept.name] if concept else [*(c.name for c in self.concepts), ""]
-        if method not in METHODS:
-            trainings = [Training(method, name, seed, None, options) for name in names]
-            return Job(trainings[-1], tuple(Measurement(t, 0, self.recipe.inference_steps) for t in trainings))
-        trainings = [Training(method, name, seed, self.recipe.lr, options) for name in names]
         if concept:                                                 # D-OPSD on the four pictures
             steps, sources, words = self.teacher_steps, [concept.folder], []
         else:                                                       # DiffusionOPD: captions suffice
             steps, sources = self.settings.rounds, [captions_folder(c) for c in self.concepts]
             words = ["--teacher-lora", *map(self.file, self.teachers(seed))]
+        steps, lr = (steps, self.recipe.lr) if method in METHODS else (0, None)
+        trainings = [Training(method, name, seed, lr, options) for name in names]
         passes = len(sources) * self.recipe.accumulate * passes_per_step(method, self.recipe.rollout_steps)
         return Job(trainings[-1], tuple(Measurement(t, steps, self.recipe.inference_steps) for t in trainings),
-                   tuple(map(str, ["--data", *sources, *words])), passes, step=steps)
+                   ("--data", *map(str, [*sources, *words])), passes, step=steps)
 
     def teachers(self, seed: int) -> list[Training]:
         return [self.job(TEACHER, seed, concept).training for concept in self.concepts]

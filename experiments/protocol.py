@@ -61,7 +61,8 @@ def passes_per_step(method: str, K: int, grad_states: int | None = None) -> int:
             "off-policy": 2 * K,                # both see the K states of the teacher
             "sft": 1,
             "sft-teacher": K + 1,               # the teacher samples, the student learns at one noise level
-            "pso": K + 4}[method]               # the student samples; student and base see both pictures of the pair
+            "pso": K + 4,                       # the student samples; student and base see both pictures of the pair
+            }.get(method, 0)                    # what is not trained
 
 
 # ---------------------------------------------------------------------------------------------------- what is done
@@ -153,8 +154,6 @@ class Plan:
 
     def passes(self, training: Training, steps: int = 1) -> int:
         """Forward passes of so many optimizer steps."""
-        if not training.is_trained:
-            return 0
         options = {**self.recipe, **dict(training.options)}
         return steps * self.recipe["accumulate"] * passes_per_step(training.method, options["rollout_steps"],
                                                                    options.get("grad_states"))

@@ -76,8 +76,8 @@ class Report:
         return {BASE: self.base, **{NAMES[method]: self.plan.table(method, equal) for method in METHODS},
                 TEACHER: self.teacher}
 
-    def comparison(self, equal: str) -> str:
-        """Table 1 or 2."""
+    def comparison(self, equal: str) -> tuple[str, str]:
+        """Table 1 or 2, and D-OPSD against each other method."""
         table = []
         for label, asked in self.rows(equal).items():
             cells = self.spreads(asked, MEASURES) + [self.retention(asked, name) for name in ("ordinary",
@@ -88,18 +88,15 @@ class Report:
             cost = ["", "", ""] if label in (BASE, TEACHER) else self.cost(asked)
             made = f"{len(self.results.of(asked))} of {len(asked)}" if asked else NOT_RUN
             table.append([label, *cells, *cost, made])
-        return markdown(["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds",
-                         "measured"], table)
+        head = ["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds", "measured"]
+        lines = {method: self.results.of(self.plan.table(method, equal)) for method in METHODS}
+        return markdown(head, table), compared(lines, COMPARED)
 
     def retention(self, asked: list[Measurement], measure: str) -> str:
         """Mean and spread of a measure minus the base's own, over the same prompts and noises."""
         before = {line["concept"]: line["measures"][measure] for line in self.results.of(self.base)}
         return with_spread([line["measures"][measure] - before[line["concept"]] for line in self.results.of(asked)
                             if measure in line["measures"] and line["concept"] in before], "{:+.3f}")
-
-    def tests(self, equal: str) -> str:
-        """D-OPSD against each other method."""
-        return compared({method: self.results.of(self.plan.table(method, equal)) for method in METHODS}, COMPARED)
 
     def by_concept(self) -> str:
         """Concept fidelity in table 1, mean over seeds."""
@@ -208,32 +205,32 @@ class Report:
     # ---------------------------------------------------------------------------------------------- the document
     def text(self) -> str:
         s, plan = self.settings, self.plan
-        table_3, its_tests = self.at_equal_concept()
+        one, two, three, gentle = (self.comparison("steps"), self.comparison("passes"), self.at_equal_concept(),
+                                   self.gentle())                   # each a table and its tests
         parts = [
             "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
             f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
             f"{plan.sampler} solver steps. The protocol in words: experiments/README.md. ± is the standard deviation "
             "over concepts and seeds (base and teacher's view: over concepts).",
-            "## Table 1: equal optimizer steps", self.comparison("steps"),
+            "## Table 1: equal optimizer steps", one[0],
             "Paired differences: mean, [95 % bootstrap interval], p of the sign-flip test over pairs of (concept, "
-            "seed); in brackets p over concept means.", self.tests("steps"),
+            "seed); in brackets p over concept means.", one[1],
             "Concept fidelity by concept, mean over seeds:", self.by_concept(),
-            "## Table 2: equal forward passes", self.comparison("passes"), "Paired differences:", self.tests("passes"),
+            "## Table 2: equal forward passes", two[0], "Paired differences:", two[1],
             "## Table 3: equal concept fidelity",
             f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept: straight lines between steps "
-            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", table_3,
-            "Paired differences, over concepts:", its_tests,
+            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", three[0],
+            "Paired differences, over concepts:", three[1],
             "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
             self.learning_rates(), "## Curves", "Each cell: " + " / ".join(DRAWN) + "; mean over "
             + ", ".join(plan.curve_concepts) + "; one seed."]
         for title, curves in plan.ablations().items():
             parts += [f"By {title}:", self.curve_table(curves)]
         if s.lessons:
-            gentle, its_test = self.gentle()
             parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", self.lessons(),
                       "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", self.samplers(),
                       "## A smaller learning rate", f"Table 1 with seed {s.seeds[0]}, at the chosen rates and at "
-                      f"{GENTLE:g}.", gentle, f"Paired differences at {GENTLE:g}, over concepts:", its_test,
+                      f"{GENTLE:g}.", gentle[0], f"Paired differences at {GENTLE:g}, over concepts:", gentle[1],
                       "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
                       "curves.", self.curve_table(plan.curves(CAUSES), [LONGER])]
         return "\n\n".join([*parts, "## The measures themselves", "On true renderings and on damaged ones:",

@@ -73,8 +73,8 @@ class Laboratory:
             words = [*job.words, "--model", str(self.model), "--out", str(folder), "--cache", str(self.cache),
                      *train_words(job.training, step), *(["--resume"] if saved[0] else [])]
             folder.mkdir(parents=True, exist_ok=True)
-            with open(self.log(job.training), "a") as file, contextlib.redirect_stdout(file), \
-                    contextlib.redirect_stderr(file):
+            with (open(self.log(job.training), "a") as file, contextlib.redirect_stdout(file),
+                  contextlib.redirect_stderr(file)):
                 status = train.main(words)
             if status == 130:
                 raise KeyboardInterrupt
