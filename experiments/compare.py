@@ -6,6 +6,7 @@ signs are counted, beyond that 20000 random ones. The interval is a bootstrap: 9
 replacement. Seeds of one concept are no independent concepts: the test over concept means, where each concept counts
 once, says more about concepts that were not measured.
 """
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,7 @@ class Paired:
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1; 0 for a single value)."""
-    mean = sum(values) / len(values)
-    return mean, (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def sign_flip(differences: Sequence[float], exact: int = EXACT) -> float:

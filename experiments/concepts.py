@@ -6,6 +6,7 @@ the style chalk checked, which is a tuning concept. `read` takes folders of the 
 """
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,25 +67,28 @@ def draw_concepts(objects: int, styles: int, tuning_objects: int, seed: int
             raise InputError(f"{asked} {kind} as concepts: the world holds out {there}; ask for fewer")
     order = torch.randperm(len(found), generator=data.generator(seed, "objects")).tolist()
     order = order[:objects] + order[len(found) - tuning_objects:]               # from both ends: never the same ones
-
-    def object_row(number: int) -> Tensor:
-        row = torch.zeros(len(ATTRIBUTES), dtype=torch.long)
-        row[COLUMNS["object"]] = torch.tensor(found[number])
-        return row
-
-    rows = [("object", object_row(number)) for number in order]
+    scenes = torch.zeros(len(order), len(ATTRIBUTES), dtype=torch.long)
+    scenes[:, COLUMNS["object"]] = torch.tensor([found[number] for number in order])
+    rows = [("object", row) for row in scenes]
     style_order = torch.randperm(len(kept), generator=data.generator(seed, "styles")).tolist()[:styles]
     test = rows[:objects] + [("style", world.scene(line=line, texture=texture))
                              for line, texture in (kept[number] for number in style_order)]
     return test, rows[objects:] + [("style", world.scene(**CHALK))]
 
 
+def firsts(items: Iterable, key: Callable) -> list:
+    """The first item of each key, in order."""
+    found = {}
+    for item in items:
+        found.setdefault(key(item), item)
+    return list(found.values())
+
+
 def draw_training_scenes(kind: str, concept: Tensor, g: torch.Generator) -> Tensor:
     """Four scenes (4, 9) with the concept: different places and backdrops, both sizes; for a style different shapes."""
     rows = draw_scenes(256, g, styled=0.0)
     if kind == "style":                                                         # the first scene of each shape
-        firsts = {int(shape): index for index, shape in reversed(list(enumerate(rows[:, COLUMN["shape"]])))}
-        rows = rows[sorted(firsts.values())]
+        rows = torch.stack(firsts(rows, lambda row: int(row[COLUMN["shape"]])))
     rows = rows[:PICTURES].clone()
     rows[:, COLUMNS[kind]] = concept[COLUMNS[kind]]
     for name in ("place", "backdrop"):
@@ -93,14 +97,15 @@ def draw_training_scenes(kind: str, concept: Tensor, g: torch.Generator) -> Tens
     return rows
 
 
-def write(kind: str, concept: Tensor, parent: Path, seed: int, render: Renderer, tuning: bool = False) -> Concept:
-    """Draw the data folder of a concept below `parent`."""
+def write(kind: str, concept: Tensor, parent: Path, seed: int, render: Renderer, tuning: bool = False,
+          say: Callable[[str], str] = str) -> Concept:
+    """Draw the data folder of a concept below `parent`. say: what becomes of its captions."""
     name = described(kind, concept).replace(" and ", " ").removesuffix(" style").replace(" ", "-")
     g = data.generator(seed, "pictures", name)
     rows = draw_training_scenes(kind, concept, g)
     for number, (row, picture) in enumerate(zip(rows, render.draw(rows, g)), 1):
         save_png(to_pil(picture), parent / name / f"{number}.png", {})
-        write_bytes(parent / name / f"{number}.txt", (caption(row, concept=kind) + "\n").encode())
+        write_bytes(parent / name / f"{number}.txt", (say(caption(row, concept=kind)) + "\n").encode())
     return Concept(name, kind, tuple(concept.tolist()), parent / name, key_of(data.read_folder(parent / name)), tuning)
 
 

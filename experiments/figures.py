@@ -5,15 +5,27 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.measure import SHOWN
-from experiments.protocol import BASE, METHODS, TEACHER, Run
+from experiments.concepts import firsts
+from experiments.measure import picture_file
+from experiments.protocol import BASE, METHODS, TEACHER, Training
 from experiments.report import DRAWN, NAMES, Report
-from experiments.work import picture_file
 from plumbing.files import InputError, check_writable
 from plumbing.pictures import panel, save_png
 from tiny.world import SIDE
 
 LABELS = {"concept": "concept fidelity", "ordinary": "ordinary accuracy", "ordinary, decided": "marks decided"}
+
+
+def pyplot(path: Path):
+    """matplotlib.pyplot, without windows; or None and a warning that there will be no figure `path`."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"warning: no {path.name}, matplotlib is missing; pip install -r requirements-dev.txt", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def draw(report: Report, out: Path) -> list[Path]:
@@ -23,32 +35,26 @@ def draw(report: Report, out: Path) -> list[Path]:
 
 def draw_curves(report: Report, path: Path) -> list[Path]:
     """Ablations: a column of axes for each, a row for each measure; means over the concepts of the curves."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")                                       # no window
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("warning: no curves.png, matplotlib is missing; pip install -r requirements-dev.txt", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return []
-    figures = report.plan.curves(report.rates)
-    drawn = False
+    figures, plan, drawn = report.plan.ablations(), report.plan, False
     figure, axes = plt.subplots(len(DRAWN), len(figures), figsize=(5 * len(figures), 2.6 * len(DRAWN)), sharex=True,
                                 sharey="row", squeeze=False, layout="constrained")
     for column, (title, curves) in enumerate(figures.items()):
         axes[0, column].set_title(f"{'ab'[column]}) {title}")
         axes[-1, column].set_xlabel("optimizer steps")
-        for row, measure in enumerate(DRAWN):
-            axis = axes[row, column]
+        for axis, measure in zip(axes[:, column], DRAWN):
             axis.grid(alpha=0.3)
             axis.set_ylabel(LABELS[measure] if column == 0 else "")
             for number, (label, curve) in enumerate(curves.items()):
-                means = {step: report.mean(points, measure) for step, points in sorted(curve.items())}
-                steps = [step for step, mean in means.items() if mean is not None]
-                if len(steps) > 1:                                  # step 0 is the base: alone it is no curve
+                means = {step: report.mean(asked, measure) for step, asked in curve.items()}
+                means = {step: mean for step, mean in means.items() if mean is not None}
+                if len(means) > 1:                                  # step 0 is the base: alone it is no curve
                     drawn = True
-                    axis.plot(steps, [means[step] for step in steps], marker="o", markersize=3, color=f"C{number}",
+                    axis.plot(*zip(*means.items()), marker="o", markersize=3, color=f"C{number}",
                               label=NAMES.get(label, label))
-            goal = report.mean(report.plan.reference(TEACHER, report.plan.curve_concepts), measure)
+            goal = report.mean(plan.reference(TEACHER, plan.curve_concepts), measure)
             if goal is not None:
                 axis.axhline(goal, linestyle="--", color="gray", label=TEACHER)
         if axes[0, column].get_legend_handles_labels()[1]:
@@ -60,18 +66,15 @@ def draw_curves(report: Report, path: Path) -> list[Path]:
     return [path] if drawn else []
 
 
-def tiles(path: Path) -> tuple[list[Image.Image | None], list[str]]:
-    """The pictures of a strip (None where it has none) and their prompts. Raises InputError."""
+def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of a strip (white where it has none) and their prompts. Raises InputError."""
     try:
         with Image.open(path) as image:
             strip, prompts = image.convert("RGB"), json.loads(image.text["prompts"])
     except (OSError, KeyError, AttributeError, ValueError):
         raise InputError(f"{path}: not a strip of pictures that this program wrote; remove it") from None
-    count = sum(SHOWN)
-    boxes = [(i * (SIDE + 4) + 2, 2, i * (SIDE + 4) + 2 + SIDE, 2 + SIDE) for i in range(count)]
-    shown = [strip.crop(box) for box in boxes]
-    blank = [image.getextrema() == ((255, 255),) * 3 for image in shown]
-    return [None if empty else image for image, empty in zip(shown, blank)], prompts
+    corners = [(i * (SIDE + 4) + 2, 2) for i in range(len(prompts))]
+    return [strip.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners], prompts
 
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
@@ -79,25 +82,21 @@ def draw_panel(report: Report, path: Path) -> list[Path]:
 
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
-    kinds: dict[str, str] = {}                                      # the first concept of each kind
-    for name in report.plan.curve_concepts:
-        kinds.setdefault(report.concepts[name]["kind"], name)
-    names = {BASE: BASE, **{method: NAMES[method] for method in METHODS}, TEACHER: TEACHER}
-    columns: dict[str, list] = {label: [] for label in names.values()}
+    columns: dict[str, list] = {method: [] for method in (BASE, *METHODS, TEACHER)}
     rows: list[str] = []
-    for concept in kinds.values():
-        found = {label: picture_file(path.parent, Run(method, concept)) for method, label in names.items()}
-        strips = {label: tiles(file) for label, file in found.items() if file.is_file()}
+    for concept in firsts(report.plan.curve_concepts, lambda name: report.concepts[name]["kind"]):
+        found = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
+        strips = {method: tiles(file) for method, file in found.items() if file.is_file()}
         if not strips:
             continue
         prompts = next(iter(strips.values()))[1]
         rows += [f"{prompt} ([V]: {report.concepts[concept]['words']})" if "[V]" in prompt else prompt
                  for prompt in prompts]
-        for label, images in columns.items():
-            images += strips[label][0] if label in strips else [None] * len(prompts)
+        for method, images in columns.items():
+            images += strips[method][0] if method in strips else [None] * len(prompts)
     if not rows:
         print(f"warning: no pictures for {path} in {path.parent / 'pictures'}; it stays as it is", file=sys.stderr)
         return []
-    save_png(panel({label: images for label, images in columns.items() if any(images)}, rows), path,
-             {"prompt": "\n".join(rows), "settings": report.results.key})
+    shown = {NAMES.get(method, method): images for method, images in columns.items() if any(images)}
+    save_png(panel(shown, rows), path, {"prompt": "\n".join(rows), "settings": report.results.key})
     return [path]

@@ -1,18 +1,17 @@
 """Where a tuned adapter changes ordinary prompts: at which solver steps, and towards what?
 
-    python experiments/leak.py --data examples/star --lora D-OPSD=out/star/student.safetensors
+    python -m experiments.leak --data examples/star --lora D-OPSD=out/star/student.safetensors
 
 For objects. Pictures of new prompts with [V] and of ordinary ones are drawn with the adapter switched on at some solver
 steps only. "concept's" is the share of wrong attributes of ordinary pictures that have the concept's value. If that is
 far above what guessing gives, the concept leaks into prompts that do not ask for it, which nothing in the training
 forbids: all of its prompts ask for the concept.
 """
-import dataclasses
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+if not __package__:
+    import as_module  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         share, guess = leak(drawn.rows, usual, concept)
         table.append([name, label, f"{fidelity(drawn_new.rows, new.rows, kind):.3f}",
                       f"{told_accuracy(drawn.rows, usual.rows, usual.told):.3f}", f"{share:.2f}", f"{guess:.2f}"])
-    print(*markdown(["", "adapter at steps", "concept", "ordinary", "concept's", "by guessing"], table))
+    print(markdown(["", "adapter at steps", "concept", "ordinary", "concept's", "by guessing"], table))
     return 0
 
 

@@ -12,8 +12,11 @@
 Prompts and noises are the same for all methods; those with [V] depend on the concept only. Diversity says little where
 the marks are not decided: then it is a coin of the reader, not of the picture.
 """
+import functools
+import json
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +25,11 @@ from torch import Tensor
 import data
 import lora
 from experiments.concepts import Concept
-from experiments.protocol import Settings
-from plumbing.pictures import open_image, to_tensor
+from experiments.protocol import BASE, TEACHER, VALIDATION, Measurement, Plan, Training
+from plumbing.pictures import open_image, save_png, to_tensor
 from tiny.metrics import Reader, Reading, fidelity, told_accuracy, whole
 from tiny.score import Judge, Prompts, concept_prompts, of_concept, of_ordinary, ordinary_prompts
-from tiny.world import ATTRIBUTES, CELL, COLOURS, COLUMN, Renderer, draw_marks, draw_scenes
+from tiny.world import ATTRIBUTES, CELL, COLOURS, COLUMN, Renderer, draw_marks, draw_scenes, grid
 
 METRICS = 1                 # version: raise it when a number would come out differently
 MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
@@ -64,57 +67,65 @@ class Questions:
     said: list[Tensor]          # contexts of the prompts: the student's
     seen: list[Tensor]          # and with a picture of the concept: the teacher's
     noise: Tensor               # (n, C, 16, 16)
-    noise_again: Tensor         # (prompts, noises, C, 16, 16) for diversity
+    noise_again: Tensor         # (prompts * noises, C, 16, 16) for diversity
 
 
 class Examiner:
-    """Measures adapters by the prompts and noises of a protocol."""
+    """Measures adapters by the prompts and noises of a protocol, and keeps the pictures that a panel shows."""
 
-    def __init__(self, judge: Judge, settings: Settings) -> None:
-        self.judge, self.settings, self.questions = judge, settings, {}
-        g = data.generator(settings.draw_seed, "ordinary prompts")
-        self.ordinary = ordinary_prompts(settings.ordinary_prompts, g)
+    def __init__(self, plan: Plan, concepts: dict[str, Concept], out: Path, judge: Judge) -> None:
+        self.plan, self.settings, self.concepts, self.out, self.judge = plan, plan.settings, concepts, out, judge
+        self.questions = functools.cache(self.ask)                  # the same for all methods
+        g = data.generator(self.settings.draw_seed, "ordinary prompts")
+        self.ordinary = ordinary_prompts(self.settings.ordinary_prompts, g)
         self.usual = judge.features.contexts(self.ordinary.captions)
-        self.noise = judge.noise(settings.ordinary_prompts, g)
+        self.noise = judge.noise(self.settings.ordinary_prompts, g)
 
-    def ask(self, concept: Concept) -> Questions:
-        """The questions about a concept, made once."""
-        if concept.name not in self.questions:
-            settings, judge = self.settings, self.judge
-            g = data.generator(settings.draw_seed, "concept prompts", concept.name)
-            prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
-            images = [open_image(row.image) for row in data.read_folder(concept.folder)]
-            pictures = torch.cat([to_tensor(image) for image in images])
-            shown = pictures[torch.arange(len(prompts.rows)) % len(pictures)]
-            noise = judge.noise(len(prompts.rows), g)
-            count = min(settings.diverse_prompts, len(prompts.rows))
-            again = judge.noise(count * settings.diverse_noises, g).unflatten(0, (count, settings.diverse_noises))
-            self.questions[concept.name] = Questions(prompts, judge.features.contexts(prompts.captions),
-                                                     judge.features.contexts(prompts.captions, shown), noise, again)
-        return self.questions[concept.name]
+    def ask(self, name: str) -> Questions:
+        """The questions about a concept."""
+        settings, judge, concept = self.settings, self.judge, self.concepts[name]
+        g = data.generator(settings.draw_seed, "concept prompts", name)
+        prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
+        pictures = torch.cat([to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)])
+        shown = pictures[torch.arange(len(prompts.rows)) % len(pictures)]
+        noise = judge.noise(len(prompts.rows), g)
+        again = judge.noise(min(settings.diverse_prompts, len(prompts.rows)) * settings.diverse_noises, g)
+        return Questions(prompts, judge.features.contexts(prompts.captions),
+                         judge.features.contexts(prompts.captions, shown), noise, again)
 
-    def examine(self, concept: Concept, adapter: lora.Adapter | None, steps: int, with_picture: bool = False
-                ) -> tuple[dict[str, float], list[Tensor | None], list[str]]:
-        """The measures at `steps` solver steps, the pictures (3, 64, 64) that a panel shows, and their prompts.
+    def __call__(self, measurement: Measurement, adapter: lora.Adapter | None) -> dict:
+        """The measures. The teacher's view has no ordinary ones: there is no picture to show for such prompts."""
+        training, settings, reader = measurement.training, self.settings, self.judge.reader
+        if training.method == VALIDATION:
+            return validate(reader, settings.draw_seed, settings.validation_scenes, settings.diverse_noises)
+        asked = self.questions(training.concept)
+        contexts = asked.seen if training.method == TEACHER else asked.said
+        drawn = self.judge.draw(contexts, asked.noise, adapter, measurement.sampler)
+        measures, shown = of_concept(reader(drawn), asked.prompts), drawn[:SHOWN[0]]
+        times = settings.diverse_noises
+        several = [context for context in contexts[:len(asked.noise_again) // times] for _ in range(times)]
+        again = self.judge.draw(several, asked.noise_again, adapter, measurement.sampler)
+        measures["diversity"] = diversity(reader(again), times, reader.render)
+        if training.method != TEACHER:
+            drawn = self.judge.draw(self.usual, self.noise, adapter, measurement.sampler)
+            measures |= of_ordinary(reader(drawn), self.ordinary)
+            shown = torch.cat([shown, drawn[:SHOWN[1]]])
+        self.keep(measurement, shown, asked.prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]])
+        return measures
 
-        with_picture: the teacher's view, for which ordinary prompts have no picture to show and are not measured.
-        """
-        judge, asked = self.judge, self.ask(concept)
-        contexts = asked.seen if with_picture else asked.said
-        drawn = judge.draw(contexts, asked.noise, adapter, steps)
-        measures = of_concept(judge.reader(drawn), asked.prompts)
-        count, times = asked.noise_again.shape[:2]
-        again = judge.draw([context for context in contexts[:count] for _ in range(times)],
-                           asked.noise_again.flatten(0, 1), adapter, steps)
-        measures["diversity"] = diversity(judge.reader(again), times, judge.reader.render)
-        shown: list[Tensor | None] = list(drawn[:SHOWN[0]])
-        if with_picture:
-            shown += [None] * SHOWN[1]
-        else:
-            drawn = judge.draw(self.usual, self.noise, adapter, steps)
-            measures |= of_ordinary(judge.reader(drawn), self.ordinary)
-            shown += list(drawn[:SHOWN[1]])
-        return measures, shown, asked.prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]]
+    def keep(self, measurement: Measurement, shown: Tensor, prompts: list[str]) -> None:
+        """A strip for the panel: of table 1, first seed, of the concepts that the curves are about."""
+        training, plan = measurement.training, self.plan
+        in_table = training.method in (BASE, TEACHER) or (
+            "table 1" in measurement.groups and training.seed == plan.settings.seeds[0])
+        if in_table and measurement.sampler == plan.sampler and training.concept in plan.curve_concepts:
+            strip = grid(shown, columns=len(prompts), scale=1)
+            save_png(strip, picture_file(self.out, training), {"prompts": json.dumps(prompts)})
+
+
+def picture_file(out: Path, training: Training) -> Path:
+    """Pictures of a training for the panel."""
+    return out / "pictures" / f"{training.concept}_{Training(training.method).name}.png"
 
 
 # ---------------------------------------------------------------------------------------------------- validation

@@ -1,16 +1,15 @@
-"""What is measured: the constants of the protocol, and from them the list of all runs and measurements.
+"""What is measured: the constants of the protocol, and from them the list of all trainings and measurements.
 
-A `Run` is one training run, a `Point` one measurement of it. Tables and figures ask for points; points that several of
-them ask for are measured once. Nothing here runs anything.
+Tables and figures ask for measurements; one that several of them ask for is made once. Nothing here runs anything.
 """
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from plumbing.files import InputError
 
 METHODS = ("sft", "sft-teacher", "off-policy", "pso", "dopsd")      # rows of the tables, ours last
 BASE, TEACHER = "base", "teacher's view"                            # rows of reference, which nothing is trained for
-CURVES = ("sft", "sft-teacher", "off-policy", "dopsd")              # ablation (a) of the paper
 VALIDATION = "validation"                                           # the measures, on renderings
 
 
@@ -37,12 +36,16 @@ class Settings:
     diverse_noises: int = 8             # from so many noises
     validation_scenes: int = 8          # on renderings of which the measures are validated
     draw_seed: int = 2605               # of concepts, prompts and noises
-    methods: tuple[str, ...] = field(default=METHODS, metadata={"subset": True})   # may grow in one results file
+    methods: tuple[str, ...] = METHODS  # may grow in one results file
 
     def __post_init__(self) -> None:
-        for method in (*self.methods, *(method for method, _ in self.fixed)):
+        for method in (*self.methods, *dict(self.fixed)):
             if method not in METHODS:
                 raise InputError(f"--method {method}: unknown; choose from {', '.join(METHODS)}")
+
+    def facts(self) -> dict:
+        """The constants, without what may grow in one results file."""
+        return {name: value for name, value in asdict(self).items() if name != "methods"}
 
 
 FULL = Settings()
@@ -52,32 +55,20 @@ QUICK = Settings(objects=1, styles=1, seeds=(0,), steps=100, fixed=tuple((method
                  ordinary_prompts=60, diverse_prompts=2, diverse_noises=6)
 
 
-def to_facts(settings: Settings) -> dict:
-    """The constants as JSON has them, without what may grow in one results file."""
-    kept = {f.name for f in fields(settings) if "subset" not in f.metadata}
-    return {name: value for name, value in asdict(settings).items() if name in kept}
-
-
-def from_facts(facts: dict) -> Settings:
-    """The settings that a results file was written with."""
-    def frozen(value):
-        return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
-    return Settings(**{name: frozen(value) for name, value in facts.items()})
-
-
 def passes_per_step(method: str, K: int, grad_states: int | None = None) -> int:
     """Forward passes of the transformer per optimizer step (one batch each; backward passes are not counted)."""
     return {"dopsd": K + (grad_states or K),    # the student walks K states, the teacher sees those that are learned
             "off-policy": 2 * K,                # both see the K states of the teacher
             "sft": 1,
             "sft-teacher": K + 1,               # the teacher samples, the student learns at one noise level
-            "pso": K + 4}[method]               # the student samples; student and base see both pictures of the pair
+            "pso": K + 4,                       # the student samples; student and base see both pictures of the pair
+            }.get(method, 0)                    # what is not trained
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------- what is done
 @dataclass(frozen=True)
-class Run:
-    """One training run; of BASE, TEACHER and VALIDATION only method and concept count."""
+class Training:
+    """One run of train.py; of BASE, TEACHER and VALIDATION only method and concept count."""
     method: str
     concept: str = ""
     seed: int | None = None
@@ -98,190 +89,183 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measurement: a run after `step` optimizer steps, sampled with `sampler` solver steps."""
-    run: Run
+class Measurement:
+    """A training after `step` optimizer steps, sampled with `sampler` solver steps."""
+    training: Training
     step: int = 0
     sampler: int = 4
+    groups: tuple[str, ...] = field(default=(), compare=False)      # the parts that ask for it
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does at a stretch: a run and its measurements in order; groups: the parts that ask for each."""
-    run: Run
-    points: tuple[Point, ...]
-    groups: tuple[tuple[str, ...], ...]
+    """What one worker does at a stretch: a training and its measurements in order."""
+    training: Training
+    measurements: tuple[Measurement, ...] = ()
+    words: tuple[str, ...] = ()         # of train.py's command line: data and teachers
+    passes: int = 0                     # forward passes of one optimizer step
+    kind: str = ""                      # of the concept
+    step: int = 0                       # train until here first, whatever is measured
 
 
-TEACHERS = {"live copy": {"teacher": "copy"}, "EMA 0.9": {"ema": 0.9}, "frozen base": {"teacher": "base"}}
-LESSONS = {"loss": {"v": {"loss": "v"}, "x0": {"loss": "x0"}},
-           "rollout steps K": {str(k): {"rollout_steps": k} for k in (2, 4, 8)},
-           "states with gradient": {str(n): {"grad_states": n} for n in (1, 2, 4)},
-           "rank": {str(r): {"rank": r, "alpha": r} for r in (4, 16, 64)}}
+def left(jobs: list[Job], done: Container[Measurement]) -> list[Job]:
+    """Of each job what is not measured yet."""
+    jobs = [replace(job, measurements=tuple(m for m in job.measurements if m not in done)) for job in jobs]
+    return [job for job in jobs if job.measurements]
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+# Curves, label -> (method, options of train.py, steps after those of the protocol)
+METHOD_CURVES = {method: (method, {}) for method in ("sft", "sft-teacher", "off-policy", "dopsd")}  # ablation (a)
+TEACHERS = {"live copy": ("dopsd", {"teacher": "copy"}), "EMA 0.9": ("dopsd", {"ema": 0.9}),        # ablation (b)
+            "frozen base": ("dopsd", {"teacher": "base"})}
+ROLLOUTS = (2, 4, 8)
+LESSONS = {**{f"loss {loss}": ("dopsd", {"loss": loss}) for loss in ("v", "x0")},
+           **{f"rollout steps K {K}": ("dopsd", {"rollout_steps": K}) for K in ROLLOUTS},
+           **{f"states with gradient {n}": ("dopsd", {"grad_states": n}) for n in (1, 2, 4)},
+           **{f"rank {rank}": ("dopsd", {"rank": rank, "alpha": rank}) for rank in (4, 16, 64)}}
 EARLY = (10, 25, 50)    # optimizer steps at which runs are measured for table 3, besides 0 and the steps of table 1
 GENTLE = 3e-4           # learning rate of the embedded recipe: table 1 once more for two methods, first seed
 # Claims of the paper that do not show in 150 steps: is the run too short, the EMA too slow, the grid too kind? In 300
 # steps the recipe's EMA takes 1 - 0.999^300 = 0.26 of what is new, the paper's 0.9999 in 2000 steps 0.18. On the grid
 # of K = 4 the last state holds 0.23 of the picture, on that of K = 8 0.41: there a trajectory can differ more.
 LONGER = 300
-CAUSES = {"D-OPSD": ("dopsd", {}, LONGER), "off-policy": ("off-policy", {}, LONGER),
-          "D-OPSD, frozen base": ("dopsd", {"teacher": "base"}, LONGER),
-          "D-OPSD, EMA 0.99": ("dopsd", {"ema": 0.99}, LONGER),
-          "D-OPSD, K = 8": ("dopsd", {"rollout_steps": 8}, None),
-          "off-policy, K = 8": ("off-policy", {"rollout_steps": 8}, None)}   # label: method, options, one more step
+CAUSES = {"D-OPSD": ("dopsd", {}, [LONGER]), "off-policy": ("off-policy", {}, [LONGER]),
+          "D-OPSD, frozen base": ("dopsd", {"teacher": "base"}, [LONGER]),
+          "D-OPSD, EMA 0.99": ("dopsd", {"ema": 0.99}, [LONGER]),
+          "D-OPSD, K = 8": ("dopsd", {"rollout_steps": 8}),
+          "off-policy, K = 8": ("off-policy", {"rollout_steps": 8})}
+Curve = dict[int, list[Measurement]]    # optimizer steps -> one measurement for each concept
 
 
 class Plan:
-    """All points of a protocol. concepts: name -> {"kind", "tuning", ...}, in order; recipe: of options.Recipe."""
+    """All measurements of a protocol. concepts: name -> {"kind", "tuning", ...}, in order; recipe: of options.Recipe;
+    rates: method -> learning rate, when they are chosen. What has none is not in the plan."""
 
-    def __init__(self, settings: Settings, concepts: dict[str, dict], recipe: dict) -> None:
-        self.settings, self.concepts, self.recipe = settings, concepts, recipe
+    def __init__(self, settings: Settings, concepts: dict[str, dict], recipe: dict,
+                 rates: dict[str, float] | None = None) -> None:
+        self.settings, self.concepts, self.recipe, self.rates = settings, concepts, recipe, rates or {}
         self.sampler = recipe["inference_steps"]                    # the model's own
         self.early_steps = [0, *(step for step in EARLY if step < settings.steps), settings.steps]
         self.test = [name for name, facts in concepts.items() if not facts["tuning"]]
         self.tuning_concepts = [name for name, facts in concepts.items() if facts["tuning"]]
         of_kind = {kind: [name for name in self.test if concepts[name]["kind"] == kind] for kind in ("object", "style")}
-        self.curve_concepts = (of_kind["object"][:settings.curve_objects] + of_kind["style"][:settings.curve_styles])
+        self.curve_concepts = of_kind["object"][:settings.curve_objects] + of_kind["style"][:settings.curve_styles]
 
-    # -------------------------------------------------------------------------------------------- single runs
-    def passes(self, run: Run, step: int) -> int:
-        """Forward passes of a run until `step`."""
-        options = dict(run.options)
-        K = options.get("rollout_steps", self.recipe["rollout_steps"])
-        return step * self.recipe["accumulate"] * passes_per_step(run.method, K, options.get("grad_states"))
-
-    def run(self, method: str, concept: str, seed: int, lr: float, options: dict | None = None) -> Run:
-        """options that only repeat the recipe are left out, so that the run is the one of the tables."""
-        own = {**self.recipe, "teacher": "ema", "grad_states": self.recipe["rollout_steps"]}
-        changed = {key: value for key, value in (options or {}).items() if own[key] != value}
-        return Run(method, concept, seed, lr, tuple(changed.items()))
+    def passes(self, training: Training, steps: int = 1) -> int:
+        """Forward passes of so many optimizer steps."""
+        options = {**self.recipe, **dict(training.options)}
+        return steps * self.recipe["accumulate"] * passes_per_step(training.method, options["rollout_steps"],
+                                                                   options.get("grad_states"))
 
     def equal_steps(self, method: str) -> int:
         """Optimizer steps with which a method has as many forward passes as D-OPSD in table 1."""
         K = self.recipe["rollout_steps"]
         return max(1, round(self.settings.steps * passes_per_step("dopsd", K) / passes_per_step(method, K)))
 
-    # -------------------------------------------------------------------------------------------- parts
-    def reference(self, method: str, concepts: Iterable[str], sampler: int | None = None) -> list[Point]:
-        return [Point(Run(method, concept), 0, sampler or self.sampler) for concept in concepts]
+    # -------------------------------------------------------------------------------------------- measurements
+    def reference(self, method: str, concepts: Iterable[str]) -> list[Measurement]:
+        """Of the base or the teacher's view."""
+        return [Measurement(Training(method, concept), 0, self.sampler) for concept in concepts]
 
-    def tuning(self, method: str, rate: float) -> list[Point]:
-        """One point per tuning concept."""
-        return [Point(self.run(method, concept, self.settings.seeds[0], rate), self.settings.steps, self.sampler)
-                for concept in self.tuning_concepts]
+    def trained(self, method: str, concepts: Iterable[str], step: int, options: dict | None = None,
+                rate: float | None = None, seeds: Iterable[int] | None = None) -> list[Measurement]:
+        """One per concept and seed. Without rate the chosen one, without seeds the first one.
 
-    def table(self, method: str, rates: dict[str, float], equal: str) -> list[Point]:
-        """One point per test concept and seed. equal: "steps" (table 1) or "passes" (table 2)."""
-        if method not in rates:
-            return []
+        options that only repeat the recipe are left out, so that the training is the one of the tables.
+        """
+        own = {**self.recipe, "teacher": "ema", "grad_states": self.recipe["rollout_steps"]}
+        changed = tuple((key, value) for key, value in (options or {}).items() if own[key] != value)
+        rate = rate or self.rates.get(method)
+        return [Measurement(Training(method, concept, seed, rate, changed), step, self.sampler)
+                for concept in concepts for seed in seeds or self.settings.seeds[:1] if rate]
+
+    def tuning(self, method: str, rate: float) -> list[Measurement]:
+        return self.trained(method, self.tuning_concepts, self.settings.steps, rate=rate)
+
+    def table(self, method: str, equal: str) -> list[Measurement]:
+        """All test concepts and seeds. equal: "steps" (table 1) or "passes" (table 2)."""
         step = self.settings.steps if equal == "steps" else self.equal_steps(method)
-        return [Point(self.run(method, concept, seed, rates[method]), step, self.sampler)
-                for concept in self.test for seed in self.settings.seeds]
+        return self.trained(method, self.test, step, seeds=self.settings.seeds)
 
-    def early(self, method: str, rates: dict[str, float], concept: str) -> dict[int, Point]:
-        """Step -> a point of one concept, first seed: how table 3 finds where a fidelity is reached; 0 is the base."""
-        if method not in rates:
-            return {}
-        run = self.run(method, concept, self.settings.seeds[0], rates[method])
-        return {step: Point(run, step, self.sampler) if step else self.reference(BASE, [concept])[0]
-                for step in self.early_steps}
-
-    def curve(self, method: str, rates: dict[str, float], options: dict | None = None, longer: int | None = None
-              ) -> dict[int, list[Point]]:
-        """Step -> one point per concept of the curves; 0 is the base. longer: one more step."""
-        if method not in rates:
-            return {}
-        curve = {0: self.reference(BASE, self.curve_concepts)}
-        for step in (*self.settings.curve_steps, *([longer] if longer else [])):
-            curve[step] = [Point(self.run(method, concept, self.settings.seeds[0], rates[method], options), step,
-                                 self.sampler) for concept in self.curve_concepts]
-        return curve
-
-    def curves(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Point]]]]:
-        """Title -> label -> curve."""
-        methods = {method: self.curve(method, rates) for method in CURVES}
-        teachers = {label: self.curve("dopsd", rates, options) for label, options in TEACHERS.items()}
-        teachers[f"EMA {self.recipe['ema']:g}"] = self.curve("dopsd", rates)
-        return {"methods": methods, **({"teachers of D-OPSD": teachers} if self.settings.teachers else {})}
-
-    def other_samplers(self, curve: dict[int, list[Point]]) -> list[Point]:
-        """The last points of a curve and what they are compared with, for samplers other than the model's own."""
-        ends = [(point.run, point.step) for point in curve.get(self.settings.curve_steps[-1], [])]
-        beside = [(Run(name, concept), 0) for name in (BASE, TEACHER) for concept in self.curve_concepts]
-        return [Point(run, step, sampler) for run, step in ends + beside for sampler in self.settings.lesson_samplers
-                if ends and sampler != self.sampler]
-
-    def lessons(self, rates: dict[str, float]) -> dict[str, dict[str, dict[int, list[Point]]]]:
-        """Number of the recipe -> its value -> curve of D-OPSD."""
-        return {title: {value: self.curve("dopsd", rates, options) for value, options in values.items()}
-                for title, values in LESSONS.items()} if self.settings.lessons else {}
-
-    def gentle(self, method: str) -> list[Point]:
+    def gentle(self, method: str) -> list[Measurement]:
         """Table 1 at a smaller learning rate, first seed."""
-        return [Point(self.run(method, concept, self.settings.seeds[0], GENTLE), self.settings.steps, self.sampler)
-                for concept in self.test]
+        return self.trained(method, self.test, self.settings.steps, rate=GENTLE)
 
-    def causes(self, rates: dict[str, float]) -> dict[str, dict[int, list[Point]]]:
-        """Label -> curve of what might explain where the small world differs from the paper."""
-        return {label: self.curve(method, rates, options, longer)
-                for label, (method, options, longer) in CAUSES.items()} if self.settings.lessons else {}
+    # -------------------------------------------------------------------------------------------- curves
+    def curve(self, method: str, options: dict | None = None, longer: Iterable[int] = (),
+              concepts: Iterable[str] | None = None, steps: Iterable[int] | None = None) -> Curve:
+        """First seed; 0 is the base. longer: more steps."""
+        if method not in self.rates:
+            return {}
+        concepts, steps = concepts or self.curve_concepts, steps or self.settings.curve_steps
+        return {0: self.reference(BASE, concepts),
+                **{step: self.trained(method, concepts, step, options) for step in (*steps, *longer)}}
+
+    def early(self, method: str, concept: str) -> Curve:
+        """Of one concept: how table 3 finds where a fidelity is reached."""
+        return self.curve(method, concepts=[concept], steps=self.early_steps[1:])
+
+    def curves(self, variants: dict[str, tuple]) -> dict[str, Curve]:
+        """Of METHOD_CURVES and the like, by label."""
+        return {label: self.curve(*variant) for label, variant in variants.items()}
+
+    def ablations(self) -> dict[str, dict[str, Curve]]:
+        """Title -> label -> curve."""
+        teachers = {**TEACHERS, f"EMA {self.recipe['ema']:g}": ("dopsd",)}
+        return {"methods": self.curves(METHOD_CURVES),
+                **({"teachers of D-OPSD": self.curves(teachers)} if self.settings.teachers else {})}
+
+    def samplers(self) -> dict[str, Curve]:
+        """Label -> solver steps -> measured: students of K steps and the references, sampled with other numbers."""
+        found = {f"K = {K}": self.trained("dopsd", self.curve_concepts, self.settings.curve_steps[-1],
+                                          {"rollout_steps": K}) for K in ROLLOUTS}
+        found |= {name: self.reference(name, self.curve_concepts) for name in (BASE, TEACHER)}
+        return {label: {sampler: [replace(m, sampler=sampler) for m in measurements]
+                        for sampler in self.settings.lesson_samplers} for label, measurements in found.items()}
 
     # -------------------------------------------------------------------------------------------- everything
-    def first_part(self) -> dict[str, list[Point]]:
-        """What is measured before learning rates are chosen: part -> points."""
+    def first_part(self) -> dict[str, list[Measurement]]:
+        """What is measured before learning rates are chosen: part -> measurements."""
         tuned = [method for method in self.settings.methods if method not in dict(self.settings.fixed)]
         concepts = self.test + (self.tuning_concepts if tuned else [])
-        reference = [point for method in (BASE, TEACHER) for point in self.reference(method, concepts)]
-        return {VALIDATION: [Point(Run(VALIDATION))], "reference": reference,
-                "tuning": [point for method in tuned for rate in self.settings.rates
-                           for point in self.tuning(method, rate)]}
+        return {VALIDATION: [Measurement(Training(VALIDATION))],
+                "reference": [m for method in (BASE, TEACHER) for m in self.reference(method, concepts)],
+                "tuning": [m for method in tuned for rate in self.settings.rates for m in self.tuning(method, rate)]}
 
-    def second_part(self, rates: dict[str, float]) -> dict[str, list[Point]]:
-        """Tables and curves: part -> points."""
-        rates = self.asked(rates)
-        return {"table 1": [p for method in rates for p in self.table(method, rates, "steps")],
-                "table 2": [p for method in rates for p in self.table(method, rates, "passes")],
-                "table 3": [p for method in rates for concept in self.test
-                            for p in self.early(method, rates, concept).values()],
-                "curves": [p for curves in self.curves(rates).values() for curve in curves.values()
-                           for points in curve.values() for p in points]}
+    def second_part(self) -> dict[str, list[Measurement]]:
+        """Tables and curves: part -> measurements."""
+        return {"table 1": [m for method in self.rates for m in self.table(method, "steps")],
+                "table 2": [m for method in self.rates for m in self.table(method, "passes")],
+                "table 3": together(self.early(method, name) for method in self.rates for name in self.test),
+                "curves": together(curve for curves in self.ablations().values() for curve in curves.values())}
 
-    def third_part(self, rates: dict[str, float]) -> dict[str, list[Point]]:
-        """What the numbers of the recipe do, and where the small world differs from the paper: part -> points."""
-        rates = self.asked(rates)
-        lessons = self.lessons(rates)
-        return {"lessons": [p for curves in lessons.values() for curve in curves.values()
-                            for points in curve.values() for p in points]
-                + [p for curve in lessons.get("rollout steps K", {}).values() for p in self.other_samplers(curve)],
-                "gentle": [p for method in ("sft", "dopsd") if method in rates and lessons
-                           for p in self.gentle(method)],
-                "causes": [p for curve in self.causes(rates).values() for points in curve.values() for p in points]}
+    def third_part(self) -> dict[str, list[Measurement]]:
+        """What the numbers of the recipe do, and where the small world differs from the paper: part -> measurements."""
+        if not self.settings.lessons:
+            return {}
+        lessons = [*self.curves(LESSONS).values(), *self.samplers().values()]
+        return {"lessons": together(lessons if "dopsd" in self.rates else []),
+                "gentle": [m for method in ("sft", "dopsd") if method in self.rates for m in self.gentle(method)],
+                "causes": together(self.curves(CAUSES).values())}
 
-    def asked(self, rates: dict[str, float]) -> dict[str, float]:
-        """The learning rates of those methods that are to be measured."""
-        return {method: rate for method, rate in rates.items() if method in self.settings.methods}
-
-    def jobs(self, parts: dict[str, list[Point]], done: set[Point]) -> list[Job]:
-        """The runs of `parts` with points that are not done yet, long ones first (the end then comes evenly).
-
-        The order does not depend on what is done, so a stopped experiment goes on in the same order.
-        """
-        groups: dict[Point, list[str]] = {}
-        for part, points in parts.items():
-            for point in points:
-                if part not in groups.setdefault(point, []):
-                    groups[point].append(part)
-        runs: dict[Run, list[Point]] = {}
-        for point in groups:
-            runs.setdefault(point.run, []).append(point)
+    def jobs(self, parts: dict[str, list[Measurement]], data: dict[str, Path]) -> list[Job]:
+        """The trainings of `parts`, long ones first (the end then comes evenly). data: folder of each concept."""
+        groups: dict[Measurement, tuple[str, ...]] = {}
+        for part, measurements in parts.items():
+            for m in dict.fromkeys(measurements):
+                groups[m] = (*groups.get(m, ()), part)
+        measured: dict[Training, list[Measurement]] = {}
+        for m in groups:
+            measured.setdefault(m.training, []).append(replace(m, groups=groups[m]))
         jobs = []
-        for run in sorted(runs, key=lambda run: -self.effort(runs[run])):
-            left = sorted((point for point in runs[run] if point not in done), key=lambda p: (p.step, p.sampler))
-            if left:
-                jobs.append(Job(run, tuple(left), tuple(tuple(groups[point]) for point in left)))
-        return jobs
+        for training, measurements in measured.items():
+            in_order = tuple(sorted(measurements, key=lambda m: (m.step, m.sampler)))
+            words = ("--data", str(data[training.concept])) if training.is_trained else ()
+            kind = self.concepts[training.concept]["kind"] if training.concept else ""
+            jobs.append(Job(training, in_order, words, self.passes(training), kind))
+        return sorted(jobs, key=lambda job: -2 * job.passes * job.measurements[-1].step - 300 * len(job.measurements))
 
-    def effort(self, points: list[Point]) -> float:
-        """How long a run and its measurements take, roughly, in forward passes of a training batch."""
-        run, last = points[0].run, max(point.step for point in points)
-        return (2 * self.passes(run, last) if run.is_trained else 0) + 300 * len(points)
+
+def together(curves: Iterable[Curve]) -> list[Measurement]:
+    return [m for curve in curves for measurements in curve.values() for m in measurements]

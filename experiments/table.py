@@ -1,40 +1,35 @@
 """The experiments on the embedded model: D-OPSD beside its alternatives, with spread, tests and ablations.
 
-    python experiments/table.py --workers 2                 # tables and curves; experiments/README.md says how long
-    python experiments/table.py --workers 2 --lessons       # and what the numbers of the recipe do
-    python experiments/table.py --quick --workers 2         # a small version, about ten minutes
-    python experiments/table.py --report                    # tables and figures again, from results.jsonl
+    python -m experiments.table --workers 2                 # tables and curves; experiments/README.md says how long
+    python -m experiments.table --workers 2 --lessons       # and what the numbers of the recipe do
+    python -m experiments.table --quick --workers 2         # a small version, about ten minutes
+    python -m experiments.table --report                    # tables and figures again, from results.jsonl
 
 Starting again goes on where it stopped; so does Ctrl-C and starting again. Writes results.jsonl, tables.md, curves.png
 and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) can be deleted when all is measured.
 """
-import contextlib
+if not __package__:
+    import as_module  # noqa: F401
+
 import dataclasses
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
-
-import train
 from experiments import concepts as drawing
 from experiments import figures
 from experiments.concepts import Concept
-from experiments.measure import METRICS
-from experiments.protocol import FULL, METHODS, QUICK, Job, Plan, Settings, to_facts
+from experiments.measure import Examiner
+from experiments.protocol import FULL, METHODS, QUICK, Plan, Settings, left
 from experiments.report import Report
-from experiments.results import Results, choose_rates
-from experiments.work import Laboratory, work
-from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
-from plumbing.files import ROOT, InputError, check_writable, model_key, write_bytes
+from experiments.results import Results, choose_rates, facts_of
+from experiments.runner import Laboratory, exit_status, perform, results_folder
+from plumbing.checkpoints import EMBEDDED, model_folder
+from plumbing.files import InputError, check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
-
-MODEL_PARTS = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
-RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
-          "beta")
 
 
 @dataclass
@@ -70,41 +65,6 @@ def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[Concept]
     return found
 
 
-def facts_of(settings: Settings, found: list[Concept], model: Path) -> dict:
-    """All that decides the numbers, as JSON: two results files with the same facts may be joined."""
-    recipe = {**dataclasses.asdict(recipe_of(model)), "beta": train.Options.beta}
-    about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in found}
-    return {"protocol": to_facts(settings), "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about,
-            "model": model_key(model, *MODEL_PARTS), "metrics": METRICS}
-
-
-class Progress:
-    """One line for every measurement, and a list of what failed."""
-
-    def __init__(self, results: Results) -> None:
-        self.results, self.sampler, self.failed = results, results.facts["recipe"]["inference_steps"], []
-
-    def perform(self, title: str, jobs: list[Job], workers: int, *arguments) -> None:
-        """Do the jobs and keep every line as it comes."""
-        count, done = sum(len(job.points) for job in jobs), 0
-        print(f"{title}: {count} measurements of {len(jobs)} runs", flush=True)
-        with contextlib.closing(work(jobs, workers, Laboratory, *arguments)) as messages:
-            for job, (kind, content) in messages:
-                if kind == "line":
-                    done += 1
-                    self.results.add(content)
-                    self.print_line(content, f"{done}/{count}")
-                elif kind == "failed":
-                    self.failed.append(job.run.name)
-                    print(f"error: {job.run.name}: {content}", file=sys.stderr, flush=True)
-
-    def print_line(self, line: dict, where: str) -> None:
-        shown = [f"{name} {line['measures'][name]:.3f}" for name in ("concept", "ordinary", "ordinary, decided")
-                 if name in line["measures"]]
-        sampler = "" if line["sampler"] == self.sampler else f", {line['sampler']} solver steps"
-        print(f"  {where}  {line['run']}, step {line['step']}{sampler}  {'  '.join(shown)}", flush=True)
-
-
 def write_report(results: Results, out: Path) -> None:
     """tables.md and the figures."""
     report = Report(results)
@@ -118,30 +78,28 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     """Measure what is missing, then write the report; the exit status. Raises InputError."""
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
-    found = prepare(settings, out, list(folders))
-    facts = facts_of(settings, found, model)
-    results = Results(out / "results.jsonl", facts)
+    found = {concept.name: concept for concept in prepare(settings, out, list(folders))}
+    facts = facts_of(settings.facts(), found.values(), model)
+    results, plan = Results(out / "results.jsonl", facts), Plan(settings, facts["concepts"], facts["recipe"])
     results.open()
-    plan, progress = Plan(settings, facts["concepts"], facts["recipe"]), Progress(results)
-    arguments = (plan, found, model, out)
-    progress.perform("first part", plan.jobs(plan.first_part(), set(results.measured)), workers, *arguments)
-    rates = choose_rates(plan, results)
-    print("learning rates:", ", ".join(f"{method} {rate:g}" for method, rate in rates.items()) or "none", flush=True)
-    progress.perform("second part", plan.jobs(plan.second_part(rates), set(results.measured)), workers, *arguments)
+    laboratory = partial(Laboratory, model, out / "runs", partial(Examiner, plan, found, out))
+    data = {name: concept.folder for name, concept in found.items()}
+
+    def do(title: str, parts: dict) -> list[str]:
+        return perform(title, left(plan.jobs(parts, data), results.measured), results, workers, laboratory)
+    failed = do("first part", plan.first_part())
+    plan.rates = choose_rates(plan, results)
+    print("learning rates:", ", ".join(f"{name} {rate:g}" for name, rate in plan.rates.items()) or "none", flush=True)
+    failed += do("second part", plan.second_part())
     if lessons:
-        progress.perform("lessons", plan.jobs(plan.third_part(rates), set(results.measured)), workers, *arguments)
+        failed += do("lessons", plan.third_part())
     write_report(results, out)
-    if progress.failed:
-        print(f"error: failed runs: {len(progress.failed)}, first {progress.failed[0]}; see above, then start again",
-              file=sys.stderr)
-    return 1 if progress.failed else 0
+    return exit_status(failed)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(Options, argv, "D-OPSD beside its alternatives on the embedded model.")
-    out = Path(options.out or (ROOT / "out" / "quick-table" if options.quick else ROOT / "experiments" / "results"))
-    if options.workers < 1:
-        raise InputError(f"--workers {options.workers}: no process to work in; give 1 or more")
+    out = results_folder(options, "table")
     if options.quick and options.lessons:
         raise InputError("--quick --lessons: the small version has none; leave one of them out")
     if options.report:

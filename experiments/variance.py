@@ -1,6 +1,6 @@
 """How noisy is the gradient of the per-step KL: in closed form, and as PPO-style methods estimate it?
 
-    python experiments/variance.py --lora out/star/student.safetensors --data examples/star
+    python -m experiments.variance --lora out/star/student.safetensors --data examples/star
 
 DiffusionOPD (arXiv 2605.15055) on the embedded model: at a state x of the student's stochastic rollout both sides take
 a Gaussian step, N(mu_s, s^2) and N(mu_t, s^2) with the same s, and the student learns from KL(student || teacher). Its
@@ -21,20 +21,21 @@ the mean of n noisy gradients is longer than their expectation. It is nan where 
 Differs from the paper, which compares training curves: this is the variance itself, at one point of training. The
 student is the untuned model with a new LoRA (B = 0), or what `--student` gives.
 """
+if not __package__:
+    import as_module  # noqa: F401
+
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # as a script, it has only its own folder
 
 import torch
 from torch import Tensor
 
 import data
 import lora
+from experiments.figures import pyplot
 from experiments.report import markdown
 from plumbing import lora_files
 from plumbing.checkpoints import backbone_of, model_folder, recipe_of
@@ -137,17 +138,13 @@ def table(rows: list[dict[str, float]], samples: int, noise: float) -> str:
     return "\n\n".join([
         f"Relative variance of one sample's gradient: trace of the covariance / squared norm of the mean, {samples} "
         f"samples at each noise level, a = {noise:g}. KL and gradients are sums over elements.",
-        *markdown(list(COLUMNS), cells)]) + "\n"
+        markdown(COLUMNS, cells)]) + "\n"
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> bool:
     """The same as bars on a logarithmic scale; whether there is matplotlib to draw them."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")                                       # no window
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"warning: no {path.name}, matplotlib is missing; pip install -r requirements-dev.txt", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return False
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     for number, name in enumerate(ESTIMATES):

@@ -1,7 +1,6 @@
-"""experiments/: the protocol against counts by hand, measures on renderings, and small tables end to end with the
-shipped model. Nobody judges its pictures here, and no time is asserted."""
+"""experiments/: the protocol against counts by hand, and small tables end to end with the shipped model.
+Nobody judges its pictures here, and no time is asserted."""
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -16,8 +15,9 @@ from conftest import on_each_loss
 
 import data
 import train
-from experiments import concepts, measure, results, table, work
-from experiments.protocol import FULL, METHODS, QUICK, VALIDATION, Plan, Point, Run, Settings, passes_per_step
+from experiments import concepts, measure, results, runner, table
+from experiments.protocol import (FULL, LESSONS, METHODS, QUICK, VALIDATION, Job, Measurement, Plan, Settings,
+                                  Training, left, passes_per_step)
 from experiments.report import NOT_RUN, Report, crossing
 from experiments.results import Results, choose_rates, line_of
 from plumbing import pictures
@@ -25,9 +25,9 @@ from plumbing.checkpoints import EMBEDDED
 from plumbing.files import ROOT, InputError
 from plumbing.options import parse
 from plumbing.run_folder import STATE
-from tiny.metrics import Reader, Reading
-from tiny.score import Judge, Prompts, of_concept
-from tiny.world import COLUMN, HELD_OUT_STYLES, draw_marks, draw_scenes, held_out_object, to_pil
+from tiny.metrics import Reader
+from tiny.score import Judge
+from tiny.world import COLUMN, HELD_OUT_STYLES, draw_scenes, held_out_object, to_pil
 
 TINY = Settings(objects=1, styles=0, tuning_objects=0, seeds=(0,), steps=1, fixed=(("dopsd", 1e-3), ("sft", 1e-3)),
                 curve_steps=(1,), curve_objects=1, curve_styles=0, teachers=False, lessons=False, concept_prompts=2,
@@ -51,7 +51,7 @@ def reader(judge) -> Reader:
 @pytest.fixture
 def quick_start(judge, monkeypatch):
     """Laboratories share the models of the test module instead of loading them again."""
-    monkeypatch.setattr(work, "Judge", lambda folder: judge)
+    monkeypatch.setattr(runner, "Judge", lambda folder: judge)
 
 
 def lines_of(out: Path) -> list[dict]:
@@ -66,7 +66,7 @@ def small(judge, tmp_path_factory) -> Path:
     """The folder of a finished small table."""
     out = tmp_path_factory.mktemp("experiments") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "Judge", lambda folder: judge)
+        patch.setattr(runner, "Judge", lambda folder: judge)
         assert table.run(TINY, out) == 0
     return out
 
@@ -91,14 +91,16 @@ def test_a_small_table_end_to_end(small):
 
 
 def test_only_table_1_goes_into_the_panel(tmp_path):
-    plan = Plan(FULL, ABOUT, RECIPE)
-    laboratory = SimpleNamespace(plan=plan, out=tmp_path)
-    point, other, *_ = plan.table("sft", RATES, "steps")
+    plan = Plan(FULL, ABOUT, RECIPE, RATES)
+    examiner = SimpleNamespace(plan=plan, out=tmp_path)
+    point, other, *_ = plan.table("sft", "steps")
     gentle = plan.gentle("sft")[0]
-    assert point.run.concept == gentle.run.concept == other.run.concept and point.step == gentle.step
-    for number, (asked, groups) in enumerate(((point, ("table 1",)), (gentle, ("gentle",)), (other, ("table 1",)))):
-        work.Laboratory.keep_pictures(laboratory, asked, groups, [torch.full((3, 64, 64), -1.0 + number)], ["a prompt"])
-        assert pictures.open_image(work.picture_file(tmp_path, point.run)).getpixel((10, 10)) == (0, 0, 0)
+    assert point.training.concept == gentle.training.concept == other.training.concept and point.step == gentle.step
+    for number, (asked, group) in enumerate(((point, "table 1"), (gentle, "gentle"), (other, "table 1"))):
+        asked = dataclasses.replace(asked, groups=(group,))
+        measure.Examiner.keep(examiner, asked, torch.full((1, 3, 64, 64), -1.0 + number), ["a prompt"])
+        file = measure.picture_file(tmp_path, point.training)
+        assert pictures.open_image(file).getpixel((10, 10)) == (0, 0, 0)
 
 
 def test_report_only_reads(small, tmp_path, capsys):
@@ -126,7 +128,7 @@ def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path
             table.run(TINY, tmp_path)
     before = lines_of(tmp_path)
     assert 0 < len(before) < len(lines_of(small))
-    assert work.saved_step(next((tmp_path / "runs").glob("sft_*")) / STATE) == 4
+    assert runner.saved_step(next((tmp_path / "runs").glob("sft_*")) / STATE) == 4
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"settings": "' + before[0]["settings"] + '", "run": "df')
     capsys.readouterr()
@@ -267,6 +269,7 @@ RECIPE = {"rollout_steps": 4, "inference_steps": 4, "accumulate": 1, "rank": 16,
 ABOUT = {"a": {"kind": "object", "tuning": False, "words": "a"}, "b": {"kind": "object", "tuning": False, "words": "b"},
          "c": {"kind": "object", "tuning": False, "words": "c"}, "s": {"kind": "style", "tuning": False, "words": "s"},
          "t": {"kind": "object", "tuning": True, "words": "t"}, "u": {"kind": "style", "tuning": True, "words": "u"}}
+FOLDERS = {name: Path("data", name) for name in ABOUT}
 RATES = {"sft": 1e-4, "sft-teacher": 3e-4, "off-policy": 3e-4, "pso": 1e-4, "dopsd": 1e-3}
 
 
@@ -275,36 +278,39 @@ def test_forward_passes_by_hand():
     assert passes_per_step("dopsd", 8) == 16 and passes_per_step("dopsd", 4, 1) == 5
     plan = Plan(FULL, ABOUT, RECIPE)
     assert [plan.equal_steps(method) for method in METHODS] == [1200, 240, 150, 150, 150]
-    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
-    assert plan.passes(Run("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
+    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
+    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
 
 
 def test_what_several_tables_ask_for_is_run_once():
-    plan = Plan(FULL, ABOUT, RECIPE)
-    parts = plan.second_part(RATES) | plan.third_part(RATES)
-    one, two = (plan.table("dopsd", RATES, equal) for equal in ("steps", "passes"))
+    plan = Plan(FULL, ABOUT, RECIPE, RATES)
+    parts = plan.second_part() | plan.third_part()
+    one, two = (plan.table("dopsd", equal) for equal in ("steps", "passes"))
     assert one == two and len(one) == 4 * 3
-    assert {p.run for p in plan.table("sft", RATES, "passes")} == {p.run for p in plan.table("sft", RATES, "steps")}
+    few, many = (plan.table("sft", equal) for equal in ("steps", "passes"))
+    assert {m.training for m in few} == {m.training for m in many}
     assert plan.curve_concepts == ["a", "b", "s"]
-    curve = plan.curves(RATES)["teachers of D-OPSD"]["EMA 0.999"]
-    assert set(curve[150]) <= set(one) and plan.lessons(RATES)["rank"]["16"] == curve
-    jobs = plan.jobs(parts, set())
-    assert len({job.run for job in jobs}) == len(jobs)
-    trained = [job.run for job in jobs if job.run.is_trained]
+    curve = plan.ablations()["teachers of D-OPSD"]["EMA 0.999"]
+    assert set(curve[150]) <= set(one) and plan.curves(LESSONS)["rank 16"] == curve
+    jobs = plan.jobs(parts, FOLDERS)
+    assert len({job.training for job in jobs}) == len(jobs)
+    trained = [job.training for job in jobs if job.training.is_trained]
     # tables, teachers, lessons, causes, another learning rate: what they share is run once
     assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3 + 2 * 3 + 2 * 4
-    assert jobs[0].points[-1].step == 1200 or len(jobs[0].points) >= 5
-    done = {jobs[0].points[0]}
-    assert plan.jobs(parts, done)[0].points == jobs[0].points[1:]
+    assert jobs[0].measurements[-1].step == 1200 or len(jobs[0].measurements) >= 5
+    done = {jobs[0].measurements[0]}
+    assert left(jobs, done)[0].measurements == jobs[0].measurements[1:] and left(jobs, set()) == jobs
 
 
 def test_train_understands_every_run():
     for settings in (FULL, QUICK):
-        plan = Plan(settings, ABOUT, RECIPE)
-        points = itertools.chain(*plan.first_part().values(), *plan.second_part(RATES).values(),
-                                 *plan.third_part(RATES).values())
-        for run in {point.run for point in points if point.run.is_trained}:
-            cfg = parse(train.Options, ["--data", "x", *work.train_words(run, 10)], "")
+        plan = Plan(settings, ABOUT, RECIPE, RATES)
+        for job in plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), FOLDERS):
+            run = job.training
+            if not run.is_trained:
+                continue
+            cfg = parse(train.Options, [*job.words, *runner.train_words(run, 10)], "")
+            assert cfg.data == [str(FOLDERS[run.concept])]
             train.check_values(cfg, train.METHODS[cfg.method])
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
 
@@ -313,42 +319,60 @@ def made_up(plan: Plan, file: Results, points, **measures) -> None:
     """Lines for points, with numbers that nobody measured."""
     for point in points:
         if point not in file.measured:
-            spread = sum(map(ord, point.run.name)) % 17 / 100
+            spread = sum(map(ord, point.training.name)) % 17 / 100
             values = {name: 0.5 + spread for name in measure.MEASURES} | measures
-            file.add(line_of(point, (), "", 1, 1.0, values))
+            file.add(line_of(point, Job(point.training, passes=1), 1.0, values))
 
 
 def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
-    facts = {"protocol": json.loads(json.dumps(dataclasses.asdict(FULL))), "recipe": RECIPE, "concepts": ABOUT}
-    del facts["protocol"]["methods"]
+    facts = {"protocol": FULL.facts(), "recipe": RECIPE, "concepts": ABOUT}
+    assert set(facts["protocol"]) == {field.name for field in dataclasses.fields(FULL)} - {"methods"}
     file = Results(tmp_path / "results.jsonl", facts)
     file.open()
     assert Report(file).text().count(NOT_RUN) > 200                      # nothing was measured yet
     plan = Report(file).plan
-    file.add(line_of(Point(Run(VALIDATION)), (), "", 0, 0.0, {"true renderings": {"concept (object)": 1.0}}))
+    validation = Training(VALIDATION)
+    file.add(line_of(Measurement(validation), Job(validation), 0.0, {"true renderings": {"concept (object)": 1.0}}))
     first = plan.first_part()
     made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9)
     good = {point for method, rate in RATES.items() for point in plan.tuning(method, rate)}
     made_up(plan, file, good, concept=0.8, ordinary=0.95)               # what is gained in ordinary accuracy is nothing
     made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.8)    # .85 - .10 < .8
     assert choose_rates(plan, file) == RATES
-    for points in (plan.second_part(RATES) | plan.third_part(RATES)).values():
+    plan.rates = RATES
+    for points in (plan.second_part() | plan.third_part()).values():
         made_up(plan, file, points)
     report = Report(Results(tmp_path / "results.jsonl"))
-    assert report.rates == RATES and NOT_RUN not in report.text()
-    curve = plan.curve("dopsd", RATES)
+    assert report.plan.rates == RATES and NOT_RUN not in report.text()
+    curve = plan.curve("dopsd")
     assert report.learned_at(curve) == "0"                               # the made-up base has the teacher's fidelity
     for step, fidelity in ((0, 0.1), (10, 0.5), (25, 0.71), (50, 0.73)):
         for point in curve[step]:
             report.results.measured[point]["measures"]["concept"] = fidelity
     assert report.learned_at(curve) == "50"                              # .8 of .9
     for point in report.results.measured:                               # .8 of .9 lies in the middle of 25 and 50
-        if point.run.concept == "a" and point.step == 50:
+        if point.training.concept == "a" and point.step == 50:
             report.results.measured[point]["measures"]["ordinary"] = 0.5
-        if point.run.concept == "a" and point.step == 25:
+        if point.training.concept == "a" and point.step == 25:
             report.results.measured[point]["measures"]["ordinary"] = 0.7
     (line,) = [line for line in report.crossings("dopsd")[0] if line["concept"] == "a"]
     assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)
+
+
+def test_the_shipped_results_are_those_of_the_plan():
+    """All that the protocol asks for and nothing else, so --report makes the shipped tables."""
+    shipped = ROOT / "experiments" / "results"
+    file = Results(shipped / "results.jsonl")
+    assert file.facts["protocol"] == json.loads(json.dumps(FULL.facts()))
+    plan = Plan(FULL, file.facts["concepts"], file.facts["recipe"])
+    plan.rates = choose_rates(plan, file)
+    jobs = plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), dict.fromkeys(plan.concepts, ROOT))
+    assert {m for job in jobs for m in job.measurements} == set(file.measured)
+    for job in jobs:
+        for line in file.of(job.measurements):
+            assert (line["run"], line["kind"], line["passes"]) == (job.training.name, job.kind,
+                                                                   line["step"] * job.passes)
+    assert Report(file).text() == (shipped / "tables.md").read_text()
 
 
 def test_where_a_curve_crosses_a_goal():
@@ -356,42 +380,3 @@ def test_where_a_curve_crosses_a_goal():
     assert crossing(curve, 0.3) == pytest.approx([5, 0.3, 0.9])
     assert crossing(curve, 0.65) == pytest.approx([30, 0.65, 0.4]) and crossing(curve, 0.05) == [0, 0.1, 1.0]
     assert crossing(curve, 0.95) is None
-
-
-# ---------------------------------------------------------------------------------------------------- measures
-def test_diversity_on_renderings(reader):
-    rows = draw_scenes(3, seeded(4), styled=0.5).repeat_interleave(6, 0)
-    marks = draw_marks(18, seeded(5))
-    same = reader(reader.render(rows, marks[::6].repeat_interleave(6, 0)))
-    fair = reader(reader.render(rows, marks))
-    assert measure.diversity(same, 6, reader.render) == 0
-    assert measure.diversity(fair, 6, reader.render) == pytest.approx(0.5, abs=0.06)
-    hidden = measure.hidden_cells(rows, reader.render)
-    assert hidden.any((1, 2)).all() and not hidden.all((1, 2)).any()
-    assert not hidden[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()          # no object reaches into a corner
-
-
-def test_the_measures_tell_true_renderings_from_damaged_ones(reader):
-    found = measure.validate(reader, seed=1, scenes=3, group=3)
-    true = found.pop("true renderings")
-    assert all(true[name] == 1 for name in true if name.startswith(("concept", "ordinary")))
-    assert true["distance"] < 0.005 and true["decided"] > 0.999 and 0.4 < true["diversity"] < 0.6
-    assert found["the same marks every time"]["diversity"] == 0
-    assert found["wrong colours"]["concept (object)"] == 0.5 and found["wrong colours"]["concept (style)"] == 1
-    assert found["half marks"]["decided"] < 0.2 and found["half marks"]["concept (object)"] == 1
-    for name in ("blurred over 5 pixels", "shifted by 4 pixels", "half marks", "mixed with another scene"):
-        assert found[name]["distance"] > 0.05 and found[name]["decided"] < 0.9
-    for name in ("shifted by 4 pixels", "mixed with another scene"):
-        assert found[name]["ordinary"] < 0.9 and found[name]["concept, whole (object)"] < 1
-
-
-def test_scores_of_a_concept_by_hand(reader):
-    """Two pictures: one with a wrong colour, one at a wrong place; the second is right as an object."""
-    asked = draw_scenes(2, seeded(6), styled=0.0)
-    got = asked.clone()
-    got[0, COLUMN["main"]] += 1
-    got[1, COLUMN["place"]] += 1
-    prompts = Prompts(asked, ["", ""], [], "object")
-    found = of_concept(Reading(got, torch.zeros(2, 8, 8), torch.tensor([.1, .3]), torch.ones(2)), prompts)
-    assert found == pytest.approx({"concept": 7 / 8, "concept, whole": .5, "concept, rest": 5 / 6,
-                                   "concept, distance": .2})

@@ -1,16 +1,19 @@
 """experiments/, the parts that need no model: statistics against enumeration, worker processes with made-up jobs."""
 import itertools
 import os
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import work
+from experiments import runner
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
-from experiments.protocol import Job, Run
-from plumbing.files import InputError
+from experiments.protocol import Job, Training
+from plumbing.files import ROOT, InputError
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -50,17 +53,17 @@ class Fake:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: Training) -> Path:
         return self.folder / f"{run.name}.txt"
 
     def do(self, job: Job):
-        yield {"name": job.run.name}
-        if job.run.name == "fails":
+        yield {"name": job.training.name}
+        if job.training.name == "fails":
             raise InputError("so it goes")
-        if job.run.name == "dies":
+        if job.training.name == "dies":
             os._exit(3)
         try:
-            while job.run.name == "sleeps":
+            while job.training.name == "sleeps":
                 (self.folder / "asleep").touch()
                 time.sleep(0.05)
         except KeyboardInterrupt:
@@ -69,20 +72,31 @@ class Fake:
 
 
 def test_processes_share_jobs_and_stop_together(tmp_path):
-    jobs = [Job(Run(name), (), ()) for name in ("dies", "fails", "works", "sleeps")]
-    messages = work.work(jobs, 2, Fake, tmp_path)
+    jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
+    messages = runner.work(jobs, 2, partial(Fake, tmp_path))
     ends, lines = {}, []
     while len(lines) < 4 or len(ends) < 3:
-        job, (kind, content) = next(messages)
-        if kind == "line":
-            lines.append(content["name"])
+        job, message = next(messages)
+        if isinstance(message, dict):
+            lines.append(message["name"])
         else:
-            ends[job.run.name] = kind, content
+            ends[job.training.name] = message
     assert sorted(lines) == ["dies", "fails", "sleeps", "works"]
-    assert ends["works"] == ("done", None)
-    assert ends["fails"] == ("failed", f"so it goes (log: {tmp_path / 'fails.txt'})")
-    assert ends["dies"][0] == "failed" and "process ended" in ends["dies"][1]
+    assert ends["works"] is None
+    assert ends["fails"] == f"so it goes (log: {tmp_path / 'fails.txt'})"
+    assert "process ended" in ends["dies"]
     while not (tmp_path / "asleep").exists():
         time.sleep(0.05)
     messages.close()                                                     # what Ctrl-C in the parent leads to
     assert (tmp_path / "saved").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the programs
+@pytest.mark.parametrize("start, folder", [(["-m", "experiments.table"], ROOT),
+                                           ([str(ROOT / "experiments" / "table.py")], None)])
+def test_a_module_and_a_file_are_the_same_program(start, folder, tmp_path):
+    """The file is started in a folder of the user's, where a file with the name of one of our modules does no harm."""
+    (tmp_path / "data.py").write_text("raise SystemExit('not this file')")
+    ended = subprocess.run([sys.executable, *start, "--workers", "0"], cwd=folder or tmp_path, capture_output=True,
+                           text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: --workers 0: no process to work in; give 1 or more\n")

@@ -10,11 +10,12 @@ from conftest import fill_b, random_transformer
 
 import data
 import lora
-from experiments import merge, merge_plan
-from experiments.merge_plan import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
+from experiments import merge, runner
+from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
+from experiments.protocol import METHODS, left
 from experiments.results import Results
-from plumbing.checkpoints import EMBEDDED
-from plumbing.files import InputError
+from plumbing.checkpoints import EMBEDDED, recipe_of
+from plumbing.files import ROOT, InputError
 from plumbing.pictures import open_image, to_tensor
 from tiny.score import Judge, of_concept
 from tiny.world import COLUMN, held_out_object, held_out_style
@@ -36,14 +37,14 @@ def small(judge, checkpoint, tmp_path_factory):
     """The folder of a finished small experiment."""
     out = tmp_path_factory.mktemp("merge") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "Judge", lambda folder: judge)                 # not loaded again and again
+        patch.setattr(runner, "Judge", lambda folder: judge)                 # not loaded again and again
         assert merge.run(TINY, out, model=checkpoint) == 0
     return out
 
 
 @pytest.fixture
 def quick_start(judge, monkeypatch):
-    monkeypatch.setattr(merge, "Judge", lambda folder: judge)
+    monkeypatch.setattr(runner, "Judge", lambda folder: judge)
 
 
 def lines_of(out) -> list[dict]:
@@ -93,8 +94,8 @@ def test_the_table(small):
     rows = {cells[0]: cells[1:] for cells in split}
     assert set(ROWS) <= set(rows) and rows[""][:2] == [facts["words"] for facts in results.facts["concepts"].values()]
     for label, (method, options) in ROWS.items():
-        found = {point.run.concept: line["measures"] for point, line in results.measured.items()
-                 if (point.run.method, point.run.options) == (method, options)}
+        found = {point.training.concept: line["measures"] for point, line in results.measured.items()
+                 if (point.training.method, point.training.options) == (method, options)}
         usual = [found[one], found[two]] if label == "teacher alone" else [found[""]]
         numbers = [found[one]["concept"], found[two]["concept"], (found[one]["concept"] + found[two]["concept"]) / 2,
                    *(sum(m[name] for m in usual) / len(usual) for name in ("ordinary", "ordinary, decided"))]
@@ -106,7 +107,7 @@ def test_the_table(small):
 def test_the_second_time_nothing_is_done(small, checkpoint, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in small.rglob("runs/**/*") if path.is_file()}
     content = (small / "merge.jsonl").read_bytes()
-    monkeypatch.setattr(merge, "Laboratory", None)
+    monkeypatch.setattr(runner, "Judge", None)
     assert merge.run(TINY, small, model=checkpoint) == 0
     assert (small / "merge.jsonl").read_bytes() == content
     assert before == {path: path.stat().st_mtime_ns for path in small.rglob("runs/**/*") if path.is_file()}
@@ -125,6 +126,11 @@ def test_interrupted_and_continued_is_the_same(small, quick_start, checkpoint, t
     assert lines_of(tmp_path) == lines_of(small)
     assert len(list((tmp_path / "runs").glob("merge-*/*/student.safetensors"))) == 3       # two teachers, one student
     assert (tmp_path / "merge.md").read_text() == (small / "merge.md").read_text()
+
+
+def test_the_shipped_table():
+    shipped = ROOT / "experiments" / "results"
+    assert merge.table(Results(shipped / "merge.jsonl")) == (shipped / "merge.md").read_text()
 
 
 def test_spread_over_seeds():
@@ -146,7 +152,7 @@ def test_two_processes_make_the_same(small, checkpoint, tmp_path):
 
 
 def test_a_failing_run_is_one_line(quick_start, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(merge.train, "main", lambda words: 1 / 0)
+    monkeypatch.setattr(runner.train, "main", lambda words: 1 / 0)
     assert merge.run(TINY, tmp_path, model=checkpoint) == 1
     errors = capsys.readouterr().err
     assert "ZeroDivisionError: division by zero (log: " in errors and "failed runs: 9" in errors
@@ -179,7 +185,7 @@ def test_sum_and_average_against_dense_matrices():
 
 
 def test_concepts_and_captions(tmp_path):
-    found = merge_plan.prepare(FULL, tmp_path)
+    found = merge.prepare(FULL, tmp_path)
     assert [c.kind for c in found] == ["object"] * 3 + ["style"]
     rows = torch.tensor([c.row for c in found])
     assert len(set(rows[:3, COLUMN["shape"]].tolist())) == 3
@@ -187,24 +193,24 @@ def test_concepts_and_captions(tmp_path):
     for concept in found:
         shape = concept.words.split()[-1]
         shown = [row.captions[0] for row in data.read_folder(concept.folder)]
-        folder = merge_plan.captions_folder(concept)
+        folder = merge.captions_folder(concept)
         texts = [row.captions[0] for row in data.read_folder(folder, captions_suffice=True)]
-        tested = merge_plan.new_prompts(concept, FULL).captions
+        tested = merge.new_prompts(concept, FULL).captions
         assert len(shown) == 4 and len(set(texts)) == len(texts) == 40 and not set(texts) & set(tested)
         assert texts == captions_of(concept, FULL)
         for text in shown + texts + tested:
             assert text.count("[V]") == 1
             assert f"[V] {shape}" in text if concept.kind == "object" else text.endswith("in [V] style")
-    assert merge_plan.prepare(FULL, tmp_path) == found
+    assert merge.prepare(FULL, tmp_path) == found
 
 
 def test_the_image_teacher_understands_class_words(tmp_path):
     """Captions such as "a big [V] star on mint" were not in its training; the adapters to merge are learned from it."""
-    found = merge_plan.prepare(QUICK, tmp_path)[:3]
+    found = merge.prepare(QUICK, tmp_path)[:3]
     asked = dataclasses.replace(QUICK, concept_prompts=4)
     judge = Judge(EMBEDDED)
     for concept in found:
-        prompts = merge_plan.new_prompts(concept, asked)
+        prompts = merge.new_prompts(concept, asked)
         pictures = [to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)]
         contexts = judge.features.contexts(prompts.captions, torch.cat(pictures))
         drawn = judge.draw(contexts, judge.noise(4, seeded(0)))
@@ -213,14 +219,18 @@ def test_the_image_teacher_understands_class_words(tmp_path):
 
 
 def test_all_runs_by_hand(tmp_path):
-    found = merge_plan.prepare(QUICK, tmp_path)
-    plan = Plan(FULL, tuple(found), EMBEDDED, tmp_path / "runs")
+    found = merge.prepare(QUICK, tmp_path)
+    plan = Plan(FULL, tuple(found), recipe_of(EMBEDDED), tmp_path / "runs")
     first, second = plan.jobs()
     assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
-    points = [point for job in first + second for point in job.points]
+    points = [point for job in first + second for point in job.measurements]
     assert len(set(points)) == len(points) == 5 + 12 + 21 * 5
-    trained = [job.run.name for job in first + second if job.run.method in merge_plan.TRAINED]
+    trained = [job.training.name for job in first + second if job.training.method in METHODS]
     assert len(set(trained)) == len(trained) == 12 + 15
     assert {point.step for point in points} == {0, plan.recipe.steps, 150} and FULL.teacher_steps is None
-    assert [job.run for job in plan.with_lost([], second)] == [job.run for job in first[1:]]
-    assert merge_plan.left(first, Results(tmp_path / "none.jsonl", {})) == first
+    assert left(first, Results(tmp_path / "none.jsonl", {}).measured) == first
+    done = {m for job in first for m in job.measurements}
+    lost, students = plan.left(done)                                    # measured, but there are no files
+    assert [job.training for job in lost] == [job.training for job in first[1:]] and students == second
+    assert not any(job.measurements for job in lost) and {job.step for job in lost} == {plan.recipe.steps}
+    assert plan.left(set(points)) == ([], []) and plan.left(set()) == (first, second)
