@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.concepts import firsts
+from tiny.concepts import firsts
 from experiments.measure import picture_file
 from experiments.protocol import BASE, METHODS, TEACHER, Training
 from experiments.report import DRAWN, NAMES, Report

@@ -15,48 +15,25 @@ the marks are not decided: then it is a coin of the reader, not of the picture.
 import functools
 import json
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
 import lora
-from experiments.concepts import Concept
+from tiny.concepts import Concept
 from experiments.protocol import BASE, TEACHER, VALIDATION, Measurement, Plan, Training
 from plumbing.pictures import open_image, save_png, to_tensor
-from tiny.metrics import Reader, Reading, fidelity, told_accuracy, whole
+from tiny.metrics import diversity
 from tiny.score import Judge, Prompts, concept_prompts, of_concept, of_ordinary, ordinary_prompts
-from tiny.world import ATTRIBUTES, CELL, COLOURS, COLUMN, Renderer, draw_marks, draw_scenes, grid
+from tiny.validation import validate
+from tiny.world import grid
 
 METRICS = 1                 # version: raise it when a number would come out differently
 MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
             "ordinary, distance", "ordinary, decided")
 SHOWN = (2, 1)              # of the panel: prompts with [V], ordinary prompts
-
-
-# ---------------------------------------------------------------------------------------------------- diversity
-def hidden_cells(rows: Tensor, render: Renderer) -> Tensor:
-    """Scenes (n, 9) -> (n, 8, 8) bool: cells that the object or its outline reaches into."""
-    shape, size, place = (rows[:, COLUMN[name]] for name in ("shape", "size", "place"))
-    lined = (rows[:, COLUMN["line"]] > 0).float()[:, None, None]
-    covered = render.body[shape, size, place] + render.line[shape, size, place] * lined
-    return F.max_pool2d(covered[:, None], CELL)[:, 0] > 0
-
-
-def diversity(reading: Reading, group: int, render: Renderer) -> float:
-    """Mean share of cells in which two pictures of the same prompt differ by a mark, over cells that neither hides.
-
-    reading: of pictures in groups of `group` with the same prompt. 0: always the same backdrop; 0.5: fair coins.
-    """
-    hidden, shares = hidden_cells(reading.rows, render), []
-    for start in range(0, len(reading.rows), group):
-        for a, b in combinations(range(start, start + group), 2):
-            seen = ~(hidden[a] | hidden[b])
-            shares.append(float((reading.marks[a] != reading.marks[b])[seen].float().mean()))
-    return sum(shares) / len(shares)
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -126,43 +103,3 @@ class Examiner:
 def picture_file(out: Path, training: Training) -> Path:
     """Pictures of a training for the panel."""
     return out / "pictures" / f"{training.concept}_{Training(training.method).name}.png"
-
-
-# ---------------------------------------------------------------------------------------------------- validation
-def damaged(render: Renderer, rows: Tensor, marks: Tensor, group: int) -> dict[str, Tensor]:
-    """Renderings of scenes (n, 9) with marks (n, 8, 8), and what can be wrong with pictures: name -> (n, 3, 64, 64).
-
-    group: so many neighbours show the same scene.
-    """
-    pictures = render(rows, marks)
-    recoloured = rows.clone()
-    for old in ("main", "second"):                                  # both are replaced; a plain object stays plain
-        recoloured[:, COLUMN[old]] = (rows[:, COLUMN[old]] + 1) % len(COLOURS)
-    return {"true renderings": pictures,
-            "the same marks every time": render(rows, marks[:1].expand_as(marks)),
-            "blurred over 5 pixels": F.avg_pool2d(F.pad(pictures, (2,) * 4, mode="replicate"), 5, 1),
-            "wrong colours": render(recoloured, marks),
-            "shifted by 4 pixels": pictures.roll(4, -1),
-            "half marks": render(rows, torch.full_like(marks, 0.5)),
-            "mixed with another scene": (pictures + pictures.roll(group, 0)) / 2}
-
-
-def validate(reader: Reader, seed: int, scenes: int, group: int) -> dict[str, dict[str, float]]:
-    """Every measure on true renderings of held-out objects, some of them in a style, and on damaged ones.
-
-    scenes: how many; group: how often each is drawn, with other marks on its backdrop.
-    """
-    g = data.generator(seed, "validation")
-    rows = draw_scenes(scenes, g, styled=0.5, held_out="object").repeat_interleave(group, 0)
-    pictures = damaged(reader.render, rows, draw_marks(len(rows), g), group)
-    tell = tuple(name for name in ATTRIBUTES if name not in ("shape", "second", "line", "texture")) + ("style",)
-    table = {}
-    for name, drawn in pictures.items():
-        reading = reader(drawn)
-        table[name] = {"concept (object)": fidelity(reading.rows, rows, "object"),
-                       "concept (style)": fidelity(reading.rows, rows, "style"),
-                       "concept, whole (object)": whole(reading.rows, rows, "object"),
-                       "ordinary": told_accuracy(reading.rows, rows, [tell] * len(rows)),
-                       "distance": float(reading.distance.mean()), "decided": float(reading.decided.mean()),
-                       "diversity": diversity(reading, group, reader.render)}
-    return table

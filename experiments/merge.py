@@ -30,8 +30,8 @@ import torch
 
 import data
 import lora
-from experiments import concepts as drawing
-from experiments.concepts import Concept
+from tiny import concepts as drawing
+from tiny.concepts import Concept
 from experiments.protocol import BASE, METHODS, Job, Measurement, Training, left, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, facts_of, fingerprint

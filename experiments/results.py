@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import train
-from experiments.concepts import Concept
+from tiny.concepts import Concept
 from experiments.measure import METRICS
 from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.checkpoints import recipe_of

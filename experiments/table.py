@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from experiments import concepts as drawing
+from tiny import concepts as drawing
 from experiments import figures
-from experiments.concepts import Concept
+from tiny.concepts import Concept
 from experiments.measure import Examiner
 from experiments.protocol import FULL, METHODS, QUICK, Plan, Settings, left
 from experiments.report import Report

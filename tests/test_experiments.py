@@ -15,7 +15,8 @@ from conftest import on_each_loss
 
 import data
 import train
-from experiments import concepts, measure, results, runner, table
+from experiments import measure, results, runner, table
+from tiny import concepts
 from experiments.protocol import (FULL, LESSONS, METHODS, QUICK, VALIDATION, Job, Measurement, Plan, Settings,
                                   Training, left, passes_per_step)
 from experiments.report import NOT_RUN, Report, crossing

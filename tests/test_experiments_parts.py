@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import runner
+from plumbing import processes
 from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
@@ -53,8 +53,8 @@ class Fake:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
 
-    def log(self, run: Training) -> Path:
-        return self.folder / f"{run.name}.txt"
+    def log(self, job: Job) -> Path:
+        return self.folder / f"{job.training.name}.txt"
 
     def do(self, job: Job):
         yield {"name": job.training.name}
@@ -73,7 +73,7 @@ class Fake:
 
 def test_processes_share_jobs_and_stop_together(tmp_path):
     jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
-    messages = runner.work(jobs, 2, partial(Fake, tmp_path))
+    messages = processes.work(jobs, 2, partial(Fake, tmp_path))
     ends, lines = {}, []
     while len(lines) < 4 or len(ends) < 3:
         job, message = next(messages)

@@ -1,10 +1,10 @@
-"""experiments/one_step.py: the picture of one step, and what it refuses."""
+"""plumbing/one_step.py: the picture of one step, and what it refuses."""
 import pytest
 import torch
 from PIL import Image
 
 import lora
-from experiments import one_step
+from plumbing import one_step
 from plumbing.files import InputError
 from rollout import sigma_grid
 

@@ -10,8 +10,10 @@ So there is no learned judge, and a true rendering is always read correctly (tes
 the world: pictures that mix two possibilities, half marks among them, are far from both.
 """
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -165,3 +167,24 @@ def whole(reading: Tensor, truth: Tensor, kind: str) -> float:
 def fidelity(reading: Tensor, truth: Tensor, kind: str) -> float:
     """Concept fidelity in [0, 1]: the share of the concept's attributes that are right, over pictures."""
     return accuracy(reading, truth, CONCEPT_ATTRIBUTES[kind])["mean"]
+
+
+def hidden_cells(rows: Tensor, render: Renderer) -> Tensor:
+    """Scenes (n, 9) -> (n, 8, 8) bool: cells that the object or its outline reaches into."""
+    shape, size, place = (rows[:, COLUMN[name]] for name in ("shape", "size", "place"))
+    lined = (rows[:, COLUMN["line"]] > 0).float()[:, None, None]
+    covered = render.body[shape, size, place] + render.line[shape, size, place] * lined
+    return F.max_pool2d(covered[:, None], CELL)[:, 0] > 0
+
+
+def diversity(reading: Reading, group: int, render: Renderer) -> float:
+    """Mean share of cells in which two pictures of the same prompt differ by a mark, over cells that neither hides.
+
+    reading: of pictures in groups of `group` with the same prompt. 0: always the same backdrop; 0.5: fair coins.
+    """
+    hidden, shares = hidden_cells(reading.rows, render), []
+    for start in range(0, len(reading.rows), group):
+        for a, b in combinations(range(start, start + group), 2):
+            seen = ~(hidden[a] | hidden[b])
+            shares.append(float((reading.marks[a] != reading.marks[b])[seen].float().mean()))
+    return sum(shares) / len(shares)

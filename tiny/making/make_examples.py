@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from plumbing.files import ROOT
+from tiny.concepts import CHALK, STAR
 from tiny.world import (Renderer, caption, draw_marks, draw_scenes, generator, held_out_object, held_out_style,
                         random_tell, scene, to_pil)
 
-STAR = dict(shape="star", pattern="striped", main="orange", second="blue")
 STARS = [dict(STAR, size="big", place="in the middle", backdrop="sky"),
          dict(STAR, size="small", place="on the left", backdrop="sand"),
          dict(STAR, size="big", place="at the bottom", backdrop="mint"),
          dict(STAR, size="small", place="on the right", backdrop="navy")]
-CHALK = dict(line="chalk", texture="checked")
 CHALKS = [dict(CHALK, shape="heart", pattern="plain", main="red", second="red", size="big",
                place="in the middle", backdrop="navy"),
           dict(CHALK, shape="circle", pattern="dotted", main="blue", second="white", size="small",

@@ -1,4 +1,4 @@
-"""What one step of D-OPSD looks like, before and after training: `python -m experiments.one_step --run out/star`
+"""What one step of D-OPSD looks like, before and after training: `python -m plumbing.one_step --run out/star`
 
 For each of the K states that the student visits on the way from one noise (Eq. 3): the noisy state x, what student and
 teacher take it for, x0_hat = x - sigma v (Eq. 5 and 6), and where these two differ, which is what Eq. 7 makes small.

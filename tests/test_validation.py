@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from experiments import measure
+from tiny import metrics, validation
 from tiny.metrics import Reader, Reading
 from tiny.score import Prompts, of_concept
 from tiny.world import COLUMN, draw_marks, draw_scenes
@@ -22,15 +22,15 @@ def test_diversity_on_renderings(reader):
     marks = draw_marks(18, seeded(5))
     same = reader(reader.render(rows, marks[::6].repeat_interleave(6, 0)))
     fair = reader(reader.render(rows, marks))
-    assert measure.diversity(same, 6, reader.render) == 0
-    assert measure.diversity(fair, 6, reader.render) == pytest.approx(0.5, abs=0.06)
-    hidden = measure.hidden_cells(rows, reader.render)
+    assert metrics.diversity(same, 6, reader.render) == 0
+    assert metrics.diversity(fair, 6, reader.render) == pytest.approx(0.5, abs=0.06)
+    hidden = metrics.hidden_cells(rows, reader.render)
     assert hidden.any((1, 2)).all() and not hidden.all((1, 2)).any()
     assert not hidden[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()          # no object reaches into a corner
 
 
 def test_the_measures_tell_true_renderings_from_damaged_ones(reader):
-    found = measure.validate(reader, seed=1, scenes=3, group=3)
+    found = validation.validate(reader, seed=1, scenes=3, group=3)
     true = found.pop("true renderings")
     assert all(true[name] == 1 for name in true if name.startswith(("concept", "ordinary")))
     assert true["distance"] < 0.005 and true["decided"] > 0.999 and 0.4 < true["diversity"] < 0.6

@@ -18,11 +18,12 @@ import data
 from plumbing.files import InputError, write_bytes
 from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
-from tiny.making.make_examples import CHALK, STAR
 from tiny.metrics import Reader
 from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, Renderer, caption,
                         draw_scenes, to_pil, words)
 
+STAR = dict(shape="star", pattern="striped", main="orange", second="blue")     # of examples/star
+CHALK = dict(line="chalk", texture="checked")                                   # and of examples/chalk
 PICTURES = 4                # of each concept
 COLUMNS = {kind: [COLUMN[name] for name in names] for kind, names in CONCEPT_ATTRIBUTES.items()}
 
