@@ -87,7 +87,7 @@ def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = Fals
     for path in images:
         if path.stem not in captions:
             raise InputError(f"{path}: an image without a caption; write one into {path.stem}.txt beside it")
-    pairs = [(path, captions[path.stem]) for path in images]
+    pairs: list[tuple[Path | None, Path]] = [(path, captions[path.stem]) for path in images]
     pairs += [(None, path) for stem, path in captions.items() if stem not in stems]
     rows = []
     for image, path in pairs:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3Model, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -101,14 +101,15 @@ class Encoder:
         warning; the image comes first and is never cut. Raises InputError on an empty prompt or one with the image
         token in it, an image that alone fills the context, no VLM.
         """
-        if self.vlm is None:
+        if self.vlm is None or self.image_processor is None:
             raise InputError("--vlm: not given; the teacher's context needs it, give a Qwen3-VL folder or hub id")
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
         _check_prompts(prompts, forbidden=IMAGE_TOKEN)
         contexts = []
         for start in range(0, len(prompts), BATCH):
-            contexts += self._image_text_batch(prompts[start:start + BATCH], images[start:start + BATCH])
+            contexts += self._image_text_batch(self.vlm, self.image_processor, prompts[start:start + BATCH],
+                                               images[start:start + BATCH])
         return contexts
 
     def teacher_texts(self, kind: str, prompts: Sequence[str], targets: Sequence[Image.Image], sources: Sequence[int]
@@ -119,22 +120,23 @@ class Encoder:
         """
         return TEACHER_CONTEXTS[kind].texts(self, prompts, targets, sources)
 
-    def _image_text_batch(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Tensor]:
+    def _image_text_batch(self, vlm: Qwen3VLModel, image_processor: Qwen2VLImageProcessorPil, prompts: Sequence[str],
+                          images: Sequence[Image.Image]) -> list[Tensor]:
         try:
-            pixels = self.image_processor(images=list(images), return_tensors="pt")
+            pixels = image_processor(images=list(images), return_tensors="pt")
         except ValueError as error:  # an aspect ratio beyond 200
             sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
             raise InputError(f"image (one of {sizes}): {error}; crop it") from None
         grids = pixels["image_grid_thw"]                                  # (B, 3): 1, rows, columns of patches
-        counts = grids.prod(-1) // self.image_processor.merge_size ** 2   # (B,) image tokens
-        image_id = self.vlm.config.image_token_id
+        counts = grids.prod(-1) // image_processor.merge_size ** 2        # (B,) image tokens
+        image_id = vlm.config.image_token_id
         tokens = []
         for prompt, image, count in zip(prompts, images, counts.tolist()):
             tokens.append(self._tokens(image_text_prompt(prompt, count, self.style.thought), prompt, IMAGE_TEXT_TOKENS))
             if tokens[-1].count(image_id) < count:
                 raise InputError(f"image of {image.width}x{image.height} pixels: {count} image tokens, the teacher's "
                                  f"context holds {IMAGE_TEXT_TOKENS} in all; lower the largest number of pixels")
-        return self._features(self.vlm, tokens, pixel_values=pixels["pixel_values"].to(self.text.device),
+        return self._features(vlm, tokens, pixel_values=pixels["pixel_values"].to(self.text.device),
                               image_grid_thw=grids.to(self.text.device))
 
     def _tokens(self, chat: str, prompt: str, limit: int) -> list[int]:
@@ -143,13 +145,13 @@ class Encoder:
             warnings.warn(f"prompt {_short(prompt)}: {len(tokens)} tokens, only the first {limit} are read")
         return tokens[:limit]
 
-    def _features(self, model: nn.Module, tokens: list[list[int]], **inputs: Tensor) -> list[Tensor]:
+    def _features(self, model: Qwen3Model | Qwen3VLModel, tokens: list[list[int]], **inputs: Tensor) -> list[Tensor]:
         """The style's hidden states of token sequences, (L_i, D) each; the images of a batch come in its order."""
         lengths = [max(len(row), self.fewest) for row in tokens]
         gaps = [max(lengths) - len(row) for row in tokens]
         padding = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [padding] * gap for row, gap in zip(tokens, gaps)], device=self.text.device)  # (B, L)
-        if inputs:  # of images. 1 on image tokens: they get two-dimensional rotary positions
+        if isinstance(model, Qwen3VLModel):  # 1 on image tokens: they get two-dimensional rotary positions
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         if self.style.padded:  # padding that stays in the context sees the prompt, but no other padding
             real = [[1] * len(row) + [0] * gap for row, gap in zip(tokens, gaps)]

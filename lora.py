@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plumbing.backbone import Transformer
 from plumbing.files import InputError, write_tensors
 from rollout import Velocity
 
@@ -60,9 +61,10 @@ class Adapter:
 
 
 # ---------------------------------------------------------------------------------------------------- use
-def linear(layer: nn.Linear, x: Tensor, adapter: AdapterBlock, name: str) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, adapter: AdapterBlock, name: str) -> Tensor:
     """layer(x) + alpha / rank * B (A x): x (..., in) -> (..., out). The only place where LoRA meets a layer.
 
+    layer: a Linear, or a Sequential of one.
     A and B are cast to the dtype of x here. Keeping this product in float32 over a bf16 base would store a float32 copy
     of every activation for the backward pass and leave the tensor cores. The weights, their gradients, Adam and the EMA
     stay float32, so steps too small for bf16 are not lost.
@@ -74,7 +76,7 @@ def linear(layer: nn.Linear, x: Tensor, adapter: AdapterBlock, name: str) -> Ten
     return y + F.linear(scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
-def create(model: nn.Module, rank: int, alpha: float, seed: int, names: list[str] | None = None) -> Adapter:
+def create(model: Transformer, rank: int, alpha: float, seed: int, names: list[str] | None = None) -> Adapter:
     """A trainable adapter that changes nothing yet: A normal with std 1 / rank, B zero (the official initialisation).
 
     names: layers, default `model.lora_names()`. Drawn on the CPU, so the same on every device. Raises InputError.
@@ -85,9 +87,9 @@ def create(model: nn.Module, rank: int, alpha: float, seed: int, names: list[str
     device = next(model.parameters()).device
     weights = {}
     for name in model.lora_names() if names is None else names:
-        layer = model.get_submodule(name)
-        A = torch.randn(rank, layer.in_features, generator=generator) / rank
-        B = torch.zeros(layer.out_features, rank)
+        outputs, inputs = model.get_parameter(f"{name}.weight").shape
+        A = torch.randn(rank, inputs, generator=generator) / rank
+        B = torch.zeros(outputs, rank)
         weights[name] = (A.to(device).requires_grad_(), B.to(device).requires_grad_())
     return Adapter(weights, rank, alpha)
 
@@ -111,7 +113,7 @@ def ema_(teacher: Adapter, student: Adapter, decay: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- both sides
-def velocity_of(model: nn.Module, context: list, adapter: Adapter | None) -> Velocity:
+def velocity_of(model: Transformer, context: list, adapter: Adapter | None) -> Velocity:
     """(x, sigma) -> v with context and weights bound: the student's of Eq. 5, the teacher's of Eq. 6."""
     return lambda x, sigma: model.velocity(x, sigma, context, adapter)
 
@@ -119,7 +121,7 @@ def velocity_of(model: nn.Module, context: list, adapter: Adapter | None) -> Vel
 class Tuned:
     """What training changes: the adapter theta of the student and theta_bar of the teacher, on one frozen network."""
 
-    def __init__(self, model: nn.Module, rank: int, alpha: float, seed: int):
+    def __init__(self, model: Transformer, rank: int, alpha: float, seed: int):
         self.model, self.device = model, next(model.parameters()).device
         self.theta = create(model, rank, alpha, seed)
         self.theta_bar = copy(self.theta)                               # the teacher starts as the student

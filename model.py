@@ -12,6 +12,7 @@ Differs from the official code:
 """
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +134,7 @@ class TimeEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None] * frequencies                                               # (b, half), float32
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class Attention(nn.Module):
@@ -181,8 +182,8 @@ class Block(nn.Module):
         dim, eps = config["dim"], config["norm_eps"]
         self.attention = Attention(dim, config["n_heads"])
         self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
-        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-            setattr(self, name, nn.RMSNorm(dim, eps=eps))
+        self.attention_norm1, self.attention_norm2 = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+        self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
         self.modulated = modulated
         if modulated:
             self.adaLN_modulation = nn.ModuleList([nn.Linear(min(dim, TIME_WIDTH), 4 * dim)])
@@ -190,7 +191,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, time: Tensor | None,
                 adapter: AdapterBlock) -> Tensor:
         """x (B, N, dim), mask (B, 1, 1, N) bool with True = attend, or None; time (b, width) with b = 1 or B."""
-        if not self.modulated:
+        if time is None:                                                                # not modulated
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, mask, adapter))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), adapter))
         modulation = linear(self.adaLN_modulation[0], time, adapter, MODULATION).unsqueeze(1)
@@ -258,7 +259,7 @@ class ZImageTransformer(nn.Module):
         return self.lora_names() + [f"{name}.{MODULATION}" for name, block in self.blocks().items() if block.modulated]
 
     # ------------------------------------------------------------------------------------------------ forward
-    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Context | Tensor],
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: Sequence[Context | Tensor],
                  adapter: Adapter | None = None) -> Tensor:
         """v = eps - x0 at noise level sigma (the convention of this project; Eq. 5 and 6 up to its time direction).
 
@@ -268,10 +269,10 @@ class ZImageTransformer(nn.Module):
         """
         if any(isinstance(c, Context) and c.references for c in context):
             raise InputError("context: Z-Image takes no reference images; use a FLUX.2 checkpoint for them")
-        context = [c.text if isinstance(c, Context) else c for c in context]
-        self._check(x, context)
+        captions = [c.text if isinstance(c, Context) else c for c in context]
+        self._check(x, captions)
         dtype, (height, width) = self.x_pad_token.dtype, (side // self.patch_size for side in x.shape[2:])
-        lengths = [-(-len(c) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in context]
+        lengths = [-(-len(c) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in captions]
         self._check_axes(max(lengths), height, width)
         image_rope, caption_rope = self._rope(lengths, height, width, x.device)
         mask = self._mask(lengths, x.device)
@@ -286,13 +287,13 @@ class ZImageTransformer(nn.Module):
             tokens = torch.cat([tokens, self.x_pad_token.expand(len(x), pads, -1)], dim=1)  # (B, N, dim)
         tokens = self._run("noise_refiner", tokens, image_rope, None, time, adapter)
 
-        caption = self._embed_caption(context, max(lengths), dtype)                         # (B, L, dim)
+        caption = self._embed_caption(captions, max(lengths), dtype)                        # (B, L, dim)
         caption = self._run("context_refiner", caption, caption_rope, mask, None, adapter)
 
         if mask is not None:                                                                # all image tokens count
             mask = F.pad(mask, (tokens.shape[1], 0), value=True)                            # (B, 1, 1, N + L)
-        rope = tuple(torch.cat(pair, dim=1) for pair in zip(image_rope, caption_rope))
-        y = self._run("layers", torch.cat([tokens, caption], dim=1), rope, mask, time, adapter)
+        cos, sin = (torch.cat(pair, dim=1) for pair in zip(image_rope, caption_rope))
+        y = self._run("layers", torch.cat([tokens, caption], dim=1), (cos, sin), mask, time, adapter)
         y = self.all_final_layer[self.key](y[:, :height * width], time)                     # (B, h w, p q c)
         y = rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=self.patch_size, q=self.patch_size)
         return -y.float()                                                                   # the network says x0 - eps
@@ -308,16 +309,16 @@ class ZImageTransformer(nn.Module):
                 x = block(x, rope, mask, time, part)
         return x
 
-    def _embed_caption(self, context: list[Tensor], longest: int, dtype: torch.dtype) -> Tensor:
+    def _embed_caption(self, captions: list[Tensor], longest: int, dtype: torch.dtype) -> Tensor:
         """(B, longest, dim): embedded captions, each followed by pad tokens.
 
         A caption shorter than the longest one gets more pad tokens than its own 32-multiple asks for; the mask
         hides the surplus.
         """
         device = self.cap_pad_token.device
-        rows = nn.utils.rnn.pad_sequence([c.to(device, dtype) for c in context], batch_first=True)
+        rows = nn.utils.rnn.pad_sequence([c.to(device, dtype) for c in captions], batch_first=True)
         rows = F.pad(self.cap_embedder(rows), (0, 0, 0, longest - rows.shape[1]))
-        real = torch.tensor([len(c) for c in context], device=device)[:, None] > torch.arange(longest, device=device)
+        real = torch.tensor([len(c) for c in captions], device=device)[:, None] > torch.arange(longest, device=device)
         return torch.where(real[..., None], rows, self.cap_pad_token)
 
     def _mask(self, lengths: list[int], device: torch.device) -> Tensor | None:
@@ -342,12 +343,10 @@ class ZImageTransformer(nn.Module):
         image[:, :patches, 0] = torch.tensor(lengths, device=device)[:, None] + 1
         image[:, :patches, 1] = torch.arange(height, device=device).repeat_interleave(width)
         image[:, :patches, 2] = torch.arange(width, device=device).repeat(height)
-        caption_rope = rope_table(caption, self.axes_dims, self.theta)
-        if len(lengths) > 1:
-            caption_rope = tuple(table.expand(len(lengths), -1, -1, -1) for table in caption_rope)
-        return rope_table(image, self.axes_dims, self.theta), caption_rope
+        cos, sin = (table.expand(len(lengths), -1, -1, -1) for table in rope_table(caption, self.axes_dims, self.theta))
+        return rope_table(image, self.axes_dims, self.theta), (cos, sin)
 
-    def _check(self, x: Tensor, context: list[Tensor]) -> None:
+    def _check(self, x: Tensor, captions: list[Tensor]) -> None:
         batch, channels, height, width = x.shape
         if channels != self.in_channels:
             raise InputError(f"latents: {channels} channels, the transformer has {self.in_channels}; "
@@ -355,9 +354,9 @@ class ZImageTransformer(nn.Module):
         if height % self.patch_size or width % self.patch_size or not height * width:
             raise InputError(f"latents: {height}x{width} is not divisible by the patch size {self.patch_size}; "
                              "choose another height or width")
-        if len(context) != batch:
-            raise InputError(f"contexts: {len(context)} for {batch} latents; give one context per latent")
-        for c in context:
+        if len(captions) != batch:
+            raise InputError(f"contexts: {len(captions)} for {batch} latents; give one context per latent")
+        for c in captions:
             if c.ndim != 2 or c.shape[1] != self.caption_channels or not len(c):
                 raise InputError(f"context: shape {tuple(c.shape)}, expected (tokens, {self.caption_channels}); "
                                  "use the text encoder and the transformer of one checkpoint")

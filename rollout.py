@@ -26,7 +26,7 @@ from torch import Tensor
 
 from plumbing.files import InputError
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x (B, C, H, W), sigma) -> v (B, C, H, W)
+Velocity = Callable[[Tensor, float | Tensor], Tensor]  # (x (B, C, H, W), sigma or B of them) -> v (B, C, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------- the grid

@@ -22,6 +22,7 @@ from encoder import TEACHER_CONTEXTS, check_references, contexts
 from model import Context
 from networks import vae as autoencoder
 from plumbing import encoder_files, lora_files
+from plumbing.backbone import Transformer
 from plumbing.checkpoints import (backbone_of, latent_shape, model_folder, pixels_per_patch, recipe_of, shift_rule,
                                   starting_noise)
 from plumbing.files import InputError, check_writable
@@ -38,6 +39,7 @@ PROMPT, MODEL, OUTPUT, MACHINE = "what to draw", "model", "output", "machine"  #
 
 @dataclass
 class Options:
+    """teacher_context is None until `main` puts the recipe's value there."""
     prompt: list[str] = option([], "prompt of a picture; repeatable", PROMPT)
     prompts: str | None = option(None, "text file with one prompt per line", PROMPT)
     source: list[str] = option([], "picture to edit; repeatable (FLUX.2)", PROMPT)
@@ -51,8 +53,8 @@ class Options:
     model: str = option("embedded", "checkpoint to draw with: a folder in diffusers layout, a hub id, or embedded, "
                         "which is tiny/model", MODEL)
     lora: str | None = option(None, "adapter file, such as student.safetensors of a run", MODEL)
-    teacher_context: str | None = option(None, "how the teacher is shown --reference: vlm, or reference (FLUX.2)",
-                                         MODEL, choices=tuple(TEACHER_CONTEXTS))
+    teacher_context: str = option(None, "how the teacher is shown --reference: vlm, or reference (FLUX.2)", MODEL,
+                                  choices=tuple(TEACHER_CONTEXTS))
     vlm: str | None = option(None, "Qwen3-VL that reads --reference, folder or hub id", MODEL)
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", MODEL,
                                choices=("vlm", "text"))
@@ -67,7 +69,7 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
-def draw(model: torch.nn.Module, contexts: list[Context], noise: Tensor, sigmas: Tensor,
+def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Tensor,
          adapter: lora.Adapter | None = None) -> Tensor:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
@@ -109,7 +111,9 @@ def check(cfg: Options) -> None:
 
 def encode_pictures(folder: Path, pictures: list[Image.Image], device: torch.device) -> list[Tensor]:
     """Latents (C, h, w) on the CPU, one per picture; without pictures no VAE is loaded."""
-    vae = autoencoder.load(folder, device) if pictures else None
+    if not pictures:
+        return []
+    vae = autoencoder.load(folder, device)
     return [vae.encode(to_tensor(picture).to(device))[0].cpu() for picture in pictures]
 
 
@@ -134,7 +138,7 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
     teacher_texts = reader.teacher_texts(kind, prompts, seen * len(prompts), [count] * len(prompts))
     pairs = [contexts(text, teacher_text.cpu(), latents[:count], x0, kind)
              for text, teacher_text in zip(texts, teacher_texts, strict=True)]
-    return [student for student, _ in pairs], [teacher for _, teacher in pairs]
+    return [student for student, _ in pairs], [teacher for _, teacher in pairs if teacher]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     net = backbone.load(folder, device, dtype)
     adapter = lora_files.load(cfg.lora, net) if cfg.lora else None
     noise = starting_noise(backbone, cfg.seed, shape)
-    wanted = {}                                                     # column -> contexts, adapter
+    wanted: dict[str, tuple[list[Context], lora.Adapter | None]] = {}   # column -> contexts, adapter
     if cfg.compare or not (adapter or teacher):
         wanted["base"] = (student, None)
     if adapter and (cfg.compare or not teacher):

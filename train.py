@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -36,6 +36,7 @@ from baselines import BASELINES, Method
 from encoder import check_references
 from loss import Weight, weight_of
 from plumbing import lora_files
+from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
 from plumbing.files import InputError
@@ -226,7 +227,7 @@ def teachers_of(cfg: Options) -> list[str]:
     return cfg.teacher_lora or [TARGET] * len(cfg.data)
 
 
-def adapter_of(teacher: str, model: nn.Module) -> lora.Adapter | None:
+def adapter_of(teacher: str, model: Transformer) -> lora.Adapter | None:
     """The weights of a task's frozen teacher; None: the run's own teacher. Raises InputError."""
     if teacher == TARGET:
         return None

@@ -20,6 +20,7 @@ Differs from the official code:
 """
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -104,7 +105,7 @@ def grid_ids(t: int, latents: Tensor, device: torch.device) -> Tensor:
     return torch.stack([torch.full_like(square, t), square // columns, square % columns, 0 * square], dim=-1)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then scale and shift (b, 1, dim)."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
@@ -158,7 +159,7 @@ class DoubleBlock(nn.Module):
         self.heads, self.eps = heads, eps
         self.attn = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in (
             "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")})
-        self.attn["to_out"] = nn.ModuleList([nn.Linear(dim, dim, bias=False)])  # the checkpoint says to_out.0
+        self.attn["to_out"] = nn.Sequential(nn.Linear(dim, dim, bias=False))  # the checkpoint says to_out.0
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             self.attn[name] = nn.RMSNorm(dim // heads, eps=eps)
         self.ff, self.ff_context = (nn.ModuleDict({"linear_in": nn.Linear(dim, 2 * hidden, bias=False),
@@ -175,15 +176,15 @@ class DoubleBlock(nn.Module):
             return linear(attn[name], x, adapter, f"attn.{name}").unflatten(-1, (self.heads, -1))
 
         attn, eps = self.attn, self.eps
-        t, i = modulated(text, *of_text[:2], eps), modulated(image, *of_image[:2], eps)
+        t, i = modulated(text, eps, *of_text[:2]), modulated(image, eps, *of_image[:2])
         q = torch.cat([attn["norm_added_q"](heads(t, "add_q_proj")), attn["norm_q"](heads(i, "to_q"))], dim=1)
         k = torch.cat([attn["norm_added_k"](heads(t, "add_k_proj")), attn["norm_k"](heads(i, "to_k"))], dim=1)
         v = torch.cat([heads(t, "add_v_proj"), heads(i, "to_v")], dim=1)                # (B, L + N, heads, D)
         t, i = attend(q, k, v, rope, mask).split([text.shape[1], image.shape[1]], dim=1)
         text = text + of_text[2] * linear(attn["to_add_out"], t, adapter, "attn.to_add_out")
-        image = image + of_image[2] * linear(attn["to_out"][0], i, adapter, "attn.to_out.0")
-        text = text + of_text[5] * swiglu(self.ff_context, modulated(text, *of_text[3:5], eps), adapter, "ff_context")
-        return text, image + of_image[5] * swiglu(self.ff, modulated(image, *of_image[3:5], eps), adapter, "ff")
+        image = image + of_image[2] * linear(attn["to_out"], i, adapter, "attn.to_out.0")
+        text = text + of_text[5] * swiglu(self.ff_context, modulated(text, eps, *of_text[3:5]), adapter, "ff_context")
+        return text, image + of_image[5] * swiglu(self.ff, modulated(image, eps, *of_image[3:5]), adapter, "ff")
 
 
 class SingleBlock(nn.Module):
@@ -200,7 +201,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, of_both: tuple[Tensor, ...], rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 adapter: AdapterBlock) -> Tensor:
         """x (B, S, dim), mask (B, 1, 1, S) or None; of_both: shift, scale, gate."""
-        y = linear(self.attn["to_qkv_mlp_proj"], modulated(x, *of_both[:2], self.eps), adapter, "attn.to_qkv_mlp_proj")
+        y = linear(self.attn["to_qkv_mlp_proj"], modulated(x, self.eps, *of_both[:2]), adapter, "attn.to_qkv_mlp_proj")
         q, k, v, gate, value = y.split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))          # (B, S, heads, D) each
         y = attend(self.attn["norm_q"](q), self.attn["norm_k"](k), v, rope, mask)       # (B, S, dim)
@@ -244,7 +245,7 @@ class Flux2Transformer(nn.Module):
 
     adaptable_names = lora_names  # all that an adapter may change: modulation belongs to no block here
 
-    def velocity(self, x: Tensor, sigma: float | Tensor, context: list[Tensor | Context],
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: Sequence[Context | Tensor],
                  adapter: Adapter | None = None) -> Tensor:
         """v = eps - x0 at noise level sigma (the convention of this project; Eq. 5 and 6 up to its time direction).
 
@@ -252,20 +253,20 @@ class Flux2Transformer(nn.Module):
         tensors alone, with any numbers of tokens and references, of any float dtype; adapter: LoRA or None.
         Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
         """
-        context = [c if isinstance(c, Context) else Context(c) for c in context]
-        self._check(x, context)
-        dtype, length = self.proj_out.weight.dtype, max(len(c.text) for c in context)
-        rope, mask = self._layout(x, context)
+        contexts = [c if isinstance(c, Context) else Context(c) for c in context]
+        self._check(x, contexts)
+        dtype, length = self.proj_out.weight.dtype, max(len(c.text) for c in contexts)
+        rope, mask = self._layout(x, contexts)
 
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)    # (1,) or (B,)
         time = self.time_guidance_embed["timestep_embedder"](sigma * TIME_SCALE)            # (1 or B, dim)
         of_text, of_image = self.double_stream_modulation_txt(time), self.double_stream_modulation_img(time)
         of_both, (scale, shift) = self.single_stream_modulation(time), self.norm_out(time)  # scale first in norm_out
 
-        text = pad_sequence([c.text.to(x.device, dtype) for c in context], batch_first=True)
+        text = pad_sequence([c.text.to(x.device, dtype) for c in contexts], batch_first=True)
         text = self.context_embedder(text)                                                  # (B, L, dim)
         squares = to_tokens(x)                                                                   # (B, h w, 4 C)
-        references = [torch.cat([squares[0, :0], *(to_tokens(r.to(x)) for r in c.references)]) for c in context]
+        references = [torch.cat([squares[0, :0], *(to_tokens(r.to(x)) for r in c.references)]) for c in contexts]
         image = self.x_embedder(torch.cat([squares, pad_sequence(references, batch_first=True)], dim=1).to(dtype))
 
         def run(name: str, block: nn.Module, *states):  # tensors are arguments, so a recomputation sees the same ones
@@ -280,7 +281,7 @@ class Flux2Transformer(nn.Module):
         for i, block in enumerate(self.single_transformer_blocks):
             y = run(f"single_transformer_blocks.{i}", block, y, of_both)
         y = y[:, length:length + squares.shape[1]]                                          # references are dropped
-        y = self.proj_out(modulated(y, shift, scale, self.eps))                             # (B, h w, 4 C)
+        y = self.proj_out(modulated(y, self.eps, shift, scale))                             # (B, h w, 4 C)
         y = rearrange(y, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // SQUARE, p=SQUARE, q=SQUARE)
         return y.float()                                                                    # already eps - x0
 

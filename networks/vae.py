@@ -158,6 +158,8 @@ class Decoder(nn.Module):
 
 class BatchStatistics(nn.Module):
     """Mean and variance of each packed channel. Unlike nn.BatchNorm2d's, they are constants in train mode too."""
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()

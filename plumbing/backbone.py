@@ -3,9 +3,10 @@
 A new backbone is one file with a network and a `Backbone`, and one entry in `BACKBONES` of checkpoints.py.
 """
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,29 @@ from torch import Tensor, nn
 from plumbing.files import InputError, load_strictly, read_json, tensors
 from plumbing.recipes import Recipe
 
+if TYPE_CHECKING:  # these files import this one
+    from lora import Adapter
+    from model import Context
+
 RECOMPILE_LIMIT = 64  # grad or not, adapter or not, mask or not, a few shapes: torch's limit of 8 is soon reached
+
+
+class Transformer(Protocol):
+    """A diffusion transformer: what the other files use of an nn.Module that is one."""
+    in_channels: int        # of the latents
+    multiple: int           # the sides of the latents are multiples of this
+    checkpointing: bool     # recompute each block in the backward pass
+
+    def __init__(self, config: dict) -> None: ...           # content of transformer/config.json; raises InputError
+
+    def velocity(self, x: Tensor, sigma: float | Tensor, context: "list[Context]", adapter: "Adapter | None" = None
+                 ) -> Tensor: ...                           # v of Eq. 5 and 6, like x
+
+    def blocks(self) -> Mapping[str, nn.Module]: ...        # name -> repeated block
+    def lora_names(self) -> list[str]: ...                  # of the Linear layers that LoRA trains
+    def adaptable_names(self) -> list[str]: ...             # of those that an adapter may change
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def get_parameter(self, target: str) -> nn.Parameter: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +52,7 @@ class Backbone:
     """A kind of diffusion transformer."""
     name: str                       # as people say it
     class_name: str                 # _class_name in transformer/config.json
-    network: type[nn.Module]        # has velocity, blocks, lora_names, adaptable_names, in_channels, multiple
+    network: type[Transformer]
     keys: tuple[str, ...]           # what transformer/config.json must have
     width: Callable[[dict], int]    # content of that file -> dimension of the hidden states
     patch_size: Callable[[dict], int]                       # -> sides of the latents are multiples of this
@@ -41,7 +64,7 @@ class Backbone:
     layer_name: re.Pattern          # finds a layer of this transformer in a LoRA's key, in any spelling
     original_names: dict[str, str]  # our names of block groups and layers -> those of the original weights
 
-    def check(self, folder: Path) -> nn.Module:
+    def check(self, folder: Path) -> Transformer:
         """The transformer without memory, on the meta device. Raises what `load` would, from the files' headers."""
         folder = Path(folder) / "transformer"
         model = self._skeleton(folder)
@@ -49,7 +72,7 @@ class Backbone:
         return model
 
     def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-             compile: bool = False) -> nn.Module:
+             compile: bool = False) -> Transformer:
         """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
         checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block. Raises
@@ -63,7 +86,8 @@ class Backbone:
             compile_blocks(model)
         return model.eval()
 
-    def _skeleton(self, folder: Path) -> nn.Module:
+    def _skeleton(self, folder: Path):
+        """An nn.Module that is a Transformer (no annotation says both), on the meta device."""
         config = read_json(folder / "config.json", *self.keys)
         try:
             with torch.device("meta"):
@@ -72,7 +96,7 @@ class Backbone:
             raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: Transformer) -> None:
     """torch.compile of the repeated block, in place: a minute of work at the first steps, faster ever after."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for block in model.blocks().values():

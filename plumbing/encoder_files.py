@@ -1,9 +1,10 @@
 """Text encoder, tokenizer and VLM of a checkpoint -> `Encoder` (encoder.py), checked to belong together."""
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -13,6 +14,7 @@ from plumbing.backbone import TextStyle
 from plumbing.checkpoints import backbone_of
 from plumbing.files import InputError
 
+Model = TypeVar("Model", Qwen3Model, Qwen3VLModel)
 VISUAL = ("model.visual.", "visual.")  # spellings of the vision tower's prefix in VLM checkpoints
 VLM_JSON = ["config.json", "preprocessor_config.json", "*.safetensors.index.json"]
 SHARED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -81,7 +83,7 @@ def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     return ((name.removeprefix(prefix), tensor) for name, tensor in files.tensors(folder, prefix))
 
 
-def _skeleton(kind: type[nn.Module], config, device: torch.device) -> nn.Module:
+def _skeleton(kind: type[Model], config, device: torch.device) -> Model:
     """A model without weights: parameters on the meta device, rotary tables (in no checkpoint) computed."""
     with torch.device("meta"):
         model = kind(config)
@@ -119,7 +121,8 @@ def _vlm_config(folder: Path, text: Qwen3Config, tokenizer, teacher_rope: str) -
     if teacher_rope not in ("vlm", "text"):
         raise InputError(f"teacher_rope: {teacher_rope!r}; choose vlm or text")
     if teacher_rope == "text":
-        config.text_config.rope_parameters["rope_theta"] = text.rope_parameters["rope_theta"]
+        theta = text.rope_parameters["rope_theta"]  # type: ignore[index]  # never None once made
+        config.text_config.rope_parameters["rope_theta"] = theta
     return config
 
 
@@ -129,9 +132,9 @@ def _image_processor(folder: Path, config: Qwen3VLConfig, pixels: tuple[int, int
     if pixels is not None:
         content.update(min_pixels=pixels[0], max_pixels=pixels[1])  # these win over the file's "size"
     processor = Qwen2VLImageProcessorPil.from_dict(content)
-    vision = config.vision_config
-    for key, needed in (("patch_size", vision.patch_size), ("temporal_patch_size", vision.temporal_patch_size),
-                        ("merge_size", vision.spatial_merge_size)):
+    for key, name in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
+                      ("merge_size", "spatial_merge_size")):
+        needed = getattr(config.vision_config, name)
         if getattr(processor, key) != needed:
             raise InputError(f"{path}: {key} {getattr(processor, key)}, config.json asks for {needed}; "
                              "use the file that belongs to this checkpoint")

@@ -81,16 +81,16 @@ class Features:
         if files.read_tensors(panel_file) is None:
             load_encoder()
             free()
-        texts = files.read_tensors(panel_file)
+        with files.open_safetensors(panel_file) as file:
+            texts = {name: file.get_tensor(name) for name in file.keys()}
         self.panel = []
         for i, (prompt, index) in enumerate(prompts):
             example = None if index is None else self.examples[index]
             x0, sources = example.latents() if example else (None, ())
-            student = texts[f"student.{i}"]
+            student, teacher = contexts(texts[f"student.{i}"], texts.get(f"teacher.{i}"), sources, x0, self.kind)
             self.panel.append(PanelRow(
-                prompt, example and example.target(),
-                *contexts(student, texts.get(f"teacher.{i}", student), sources, x0, self.kind),
-                open_image(example.row.sources[0]) if sources else None))
+                prompt, example.target() if example else None, student, teacher or student,
+                open_image(example.row.sources[0]) if example and sources else None))
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
         """(prompt, image that the teacher is shown): two training pairs and new prompts."""
@@ -105,7 +105,7 @@ class Features:
         texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
         shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
         if self.kind:
-            crops = [crop(open_image(row.image), nearest_shape(row.size, self.shapes)) for _, _, row in shown]
+            crops = [crop(open_image(str(row.image)), nearest_shape(row.size, self.shapes)) for _, _, row in shown]
             read = reader.teacher_texts(self.kind, [prompt for _, prompt, _ in shown], crops,
                                         [len(row.sources) for _, _, row in shown])
             texts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, read)}
@@ -159,9 +159,10 @@ def encode_latents(examples: list[Example], multiple: int, area: int, load_vae: 
         return vae.encode(to_tensor(image).to(device))[0].float().cpu()
 
     def encode_target(example: Example) -> Tensor:
-        if example.row.image:
-            return encode(example.target())
-        return torch.zeros(vae.channels, *(side // vae.factor for side in example.shape))
+        target = example.target()
+        if target is None:
+            return torch.zeros(vae.channels, *(side // vae.factor for side in example.shape))
+        return encode(target)
 
     return [[encode_target(example), *(encode(fit(open_image(path), multiple, area, path))
                                        for path in example.row.sources)]

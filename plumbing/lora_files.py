@@ -8,10 +8,10 @@ import re
 import warnings
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora import Adapter
-from plumbing.backbone import Backbone
+from plumbing.backbone import Backbone, Transformer
 from plumbing.checkpoints import BACKBONES
 from plumbing.files import InputError, open_safetensors, read_json
 
@@ -22,8 +22,8 @@ KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|l
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
 
 
-def load(path: Path, model: nn.Module) -> Adapter:
-    """The frozen adapter in a file, for `model` (which has `adaptable_names()`), on the model's device.
+def load(path: Path | str, model: Transformer) -> Adapter:
+    """The frozen adapter in a file, for `model`, on the model's device.
 
     Reads our own files and the spellings of PEFT, diffusers, ComfyUI, kohya, ai-toolkit, OneTrainer and LyCORIS; ranks
     may differ between layers and layers may be missing. The file's alpha is folded into B, so the result has scale 1.
@@ -87,20 +87,20 @@ def _parse(path: Path, key: str, spellings: dict[str, list[str]]) -> tuple[str, 
     layer = match["layer"] if match else ""
     while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
         layer = layer.removeprefix(prefix)
-    if layer not in spellings:
+    if match is None or layer not in spellings:
         raise InputError(f"{path}: unknown key {key}; give a LoRA made for this transformer")
     return layer, SIDES[match["side"]] if match["side"] else "alpha"
 
 
-def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], model: nn.Module, config: dict
+def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], model: Transformer, config: dict
            ) -> list[tuple[str, Tensor, Tensor]]:
     """(layer name, A, B with the scale folded in) for one layer of the file; a fused one gives three that share A."""
     if "A" not in parts or "B" not in parts:
         missing = "A (down)" if "A" not in parts else "B (up)"
         raise InputError(f"{path}: {layer} has no matrix {missing}; the file is incomplete, copy or download it again")
     A, B = parts["A"], parts["B"]
-    inner = model.get_submodule(names[0]).in_features
-    sizes = [model.get_submodule(name).out_features for name in names]
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
+    inner, sizes = shapes[0][1], [shape[0] for shape in shapes]
     rank = len(A) if A.ndim == 2 else 0
     if rank < 1 or tuple(A.shape) != (rank, inner) or tuple(B.shape) != (sum(sizes), rank):
         raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (rank, {inner}) "

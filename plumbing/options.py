@@ -4,12 +4,13 @@ import dataclasses
 import types
 import typing
 from dataclasses import MISSING
+from typing import Any
 
 from plumbing.files import InputError
 from plumbing.recipes import Recipe
 
 
-def option(default, text: str, group: str = "", old: dict[str, str] | None = None, **extra):
+def option(default, text: str, group: str = "", old: dict[str, str] | None = None, **extra) -> Any:
     """A dataclass field with one phrase of explanation.
 
     group: heading of the help under which it stands. old: earlier spellings that still work, flags (with their dashes)

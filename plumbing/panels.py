@@ -1,14 +1,14 @@
 """The panels of a training run: what base, student and teacher draw for the same prompts and the same noise."""
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
-import torch
 from PIL import Image
 
 import lora
 from model import Context
 from networks import vae as autoencoder
+from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, latent_shape, starting_noise
 from plumbing.pictures import Shape, panel, save_png, to_image
 from rollout import sigma_grid
@@ -30,7 +30,7 @@ class PanelRow:
 class Panels:
     """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
 
-    def __init__(self, folder: Path, model: torch.nn.Module, shift_of: Shift, steps: int, seed: int,
+    def __init__(self, folder: Path, model: Transformer, shift_of: Shift, steps: int, seed: int,
                  size: Shape, rows: list[PanelRow]) -> None:
         """size: (height, width) of every picture."""
         self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
@@ -52,7 +52,8 @@ class Panels:
         steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
         texts = [row.student for row in self.rows]
         self.base = self.base or pictures(texts, None)
-        given = {"source": [row.source for row in self.rows], "target": [row.target for row in self.rows]}
+        given: dict[str, Sequence[Image.Image | None]] = {"source": [row.source for row in self.rows],
+                                                          "target": [row.target for row in self.rows]}
         columns = {name: images for name, images in given.items() if any(images)}
         columns |= {"base": self.base, "student": pictures(texts, student)}
         if teacher is not None:

@@ -2,6 +2,7 @@
 import io
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,9 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
 
 
-def panel(columns: dict[str, list[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
+def panel(columns: Mapping[str, Sequence[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
     """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
-    last = reversed(columns.values())  # drawn pictures, all of one shape; sources and targets are fitted into it
+    last = reversed(list(columns.values()))  # drawn pictures, all of one shape; sources and targets are fitted into it
     first = next(image for images in last for image in images if image is not None)
     tile = (160, max(1, 160 * first.height // first.width)) if first.width < 160 else \
         (320, max(1, 320 * first.height // first.width))

@@ -19,29 +19,27 @@ LEAST = {"steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank
 
 @dataclass
 class Options:
-    """None means: the value of the checkpoint's recipe (plumbing/recipes.py)."""
+    """None means: the value of the checkpoint's recipe, until `fill` puts it there (plumbing/recipes.py)."""
     data: list[str] = option(dataclasses.MISSING, "folder with images and captions, or a .jsonl file (see README); "
                              "several are learned in turns", DATA, nargs="+")
     model: str = option("embedded", "checkpoint to tune: a folder in diffusers layout, a hub id, or embedded, which is "
                         "tiny/model", DATA)
     vlm: str | None = option(None, "Qwen3-VL that shows the target to the teacher, folder or hub id", DATA)
-    size: int | None = option(None, "side of a square training picture in pixels; other shapes have about its area",
-                              DATA)
+    size: int = option(None, "side of a square training picture in pixels; other shapes have about its area", DATA)
 
     method: str = option("dopsd", "dopsd, or a method that it is compared with", METHOD, choices=("dopsd", *BASELINES))
-    loss: str | None = option(None, "weight on the squared difference of velocities; v: Eq. 7 of the paper, x0: the "
-                              "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
-    rollout_steps: int | None = option(None, "K, the number of solver steps of the student's rollout", METHOD)
+    loss: str = option(None, "weight on the squared difference of velocities; v: Eq. 7 of the paper, x0: the "
+                       "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
+    rollout_steps: int = option(None, "K, the number of solver steps of the student's rollout", METHOD)
     grad_states: int | None = option(None, "number of the K states to learn at, drawn anew for every batch (default: "
                                      "all)", METHOD)
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
-    teacher_context: str | None = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)",
-                                         METHOD, choices=tuple(TEACHER_CONTEXTS))
+    teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
+                                  choices=tuple(TEACHER_CONTEXTS))
     teacher_weights: str = option("ema", "the teacher's weights: ema of the student's, a live copy of them, or frozen "
                                   "as they were", METHOD, choices=("ema", "copy", "frozen"),
                                   old={"--teacher": "--teacher-weights", "base": "frozen"})
-    ema: float | None = option(None, "m of the teacher's moving average, theta_bar <- m theta_bar + (1 - m) theta",
-                               METHOD)
+    ema: float = option(None, "m of the teacher's moving average, theta_bar <- m theta_bar + (1 - m) theta", METHOD)
     teacher_lora: list[str] = option([], "one teacher for each --data: a frozen adapter file, untuned for the model as "
                                      "it was, or image for the run's own teacher, which is shown the target image",
                                      METHOD, nargs="+", metavar="FILE", old={"base": UNTUNED})
@@ -49,18 +47,18 @@ class Options:
                                choices=("vlm", "text"))
     beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)
 
-    steps: int | None = option(None, "number of optimizer steps", OPTIMISATION)
-    lr: float | None = option(None, "learning rate of AdamW, constant", OPTIMISATION)
-    batch_size: int | None = option(None, "number of images in a forward pass", OPTIMISATION)
-    accumulate: int | None = option(None, "number of forward passes per optimizer step", OPTIMISATION)
-    rank: int | None = option(None, "rank of the LoRA", OPTIMISATION)
-    alpha: int | None = option(None, "numerator of the LoRA's scale, alpha / rank", OPTIMISATION)
+    steps: int = option(None, "number of optimizer steps", OPTIMISATION)
+    lr: float = option(None, "learning rate of AdamW, constant", OPTIMISATION)
+    batch_size: int = option(None, "number of images in a forward pass", OPTIMISATION)
+    accumulate: int = option(None, "number of forward passes per optimizer step", OPTIMISATION)
+    rank: int = option(None, "rank of the LoRA", OPTIMISATION)
+    alpha: int = option(None, "numerator of the LoRA's scale, alpha / rank", OPTIMISATION)
     seed: int = option(0, "random seed for LoRA initialisation, batch order, captions and noise", OPTIMISATION)
 
     out: str | None = option(None, "folder of the run (default: out/NAME of the data)", OUTPUT)
     resume: bool = option(False, "continue the run in --out as if it had never stopped", OUTPUT)
-    save_every: int | None = option(None, "number of optimizer steps between saves", OUTPUT)
-    sample_every: int | None = option(None, "number of optimizer steps between panels; 0 draws none", OUTPUT)
+    save_every: int = option(None, "number of optimizer steps between saves", OUTPUT)
+    sample_every: int = option(None, "number of optimizer steps between panels; 0 draws none", OUTPUT)
     panel_prompt: list[str] = option([], "prompt of a further row of the panels, for which the teacher sees the first "
                                      "image; repeatable", OUTPUT)
     cache: str | None = option(None, "folder of cached latents and contexts (default: OUT/cache)", OUTPUT)
@@ -68,7 +66,7 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
     dtype: str = option("auto", "precision of the frozen networks; auto is bfloat16 on CUDA, else float32", MACHINE,
                         choices=("auto", "float32", "bfloat16"))
-    checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time", MACHINE)
+    checkpointing: bool = option(None, "recompute blocks in the backward pass: less memory, more time", MACHINE)
     compile: bool = option(False, "torch.compile the transformer's block: a slow start, then faster steps", MACHINE)
 
 
