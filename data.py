@@ -114,6 +114,8 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
         if captions_suffice and "local_path_list" not in entry:
             entry = {"file_name": "", **entry}
         name, captions = (read_official if "local_path_list" in entry else read_imagefolder)(entry, where)
+        if not name and not captions_suffice:
+            raise InputError(f"{where}: file_name is empty; write the image's path there")
         image, sources = path.parent / name if name else None, [path.parent / s for s in read_sources(entry, where)]
         for file in sources + ([image] if image else []):
             if not file.is_file():

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from PIL import Image

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     x, c_s, c_t = starting_noise(backbone, options["seed"], shape).to(device), c_s.to(device), c_t.to(device)
     sigmas = sigma_grid(shift_rule(model)(options["rollout_steps"], *shape[1:]), options["rollout_steps"])
     theta, theta_bar = (lora_files.load(folder / f"{side}.safetensors", net) for side in ("student", "teacher"))
-    vae, columns = autoencoder.load(model, device), {}
+    columns: dict[str, list[Image.Image | None]] = {}
+    vae = autoencoder.load(model, device)
     for when, mine, theirs in (("before", None, None), ("after", theta, theta_bar)):
         sides = lora.velocity_of(net, [c_s], mine), lora.velocity_of(net, [c_t], theirs)
         for sigma, loss, latents in tqdm(step(*sides, x, sigmas), desc=when, total=len(sigmas) - 1, disable=None):

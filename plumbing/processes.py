@@ -19,7 +19,8 @@ import torch
 from plumbing.files import InputError
 
 PATIENCE = 30                       # seconds that an interrupted worker has to finish its step and save
-Processes = dict[connection.Connection, multiprocessing.Process]
+Pipe = connection.Connection
+Processes = dict[Pipe, multiprocessing.process.BaseProcess]
 
 
 def attempt(laboratory, job) -> Iterator[dict | str | None]:
@@ -54,7 +55,7 @@ def work(jobs: list, workers: int, make: Callable) -> Iterator[tuple[Any, dict |
             torch.set_num_threads(threads)
 
 
-def serve(pipe: connection.Connection, make: Callable) -> None:
+def serve(pipe: Pipe, make: Callable) -> None:
     """The life of a worker process: jobs come through the pipe until it is closed, messages go back."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()                        # Ctrl-C of a terminal reaches the parent only, which passes it on once
@@ -69,13 +70,16 @@ def serve(pipe: connection.Connection, make: Callable) -> None:
 
 def stop_with_parent() -> None:
     """Wait until the parent is gone, however it ended, then end this process as Ctrl-C would."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def start(count: int, make: Callable) -> Processes:
     """Worker processes by their pipes. Ctrl-C does nothing to them until they can handle it."""
-    context, found = multiprocessing.get_context("spawn"), {}
+    context = multiprocessing.get_context("spawn")
+    found: Processes = {}
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for number in range(count):
@@ -88,10 +92,10 @@ def start(count: int, make: Callable) -> Processes:
     return found
 
 
-def stop(processes: Processes, busy: set[connection.Connection]) -> None:
+def stop(processes: Processes, busy: set[Pipe]) -> None:
     """One Ctrl-C for each that is busy, time to save, then the end. The others end with their pipe."""
     for pipe, process in processes.items():
-        if pipe in busy and process.is_alive():
+        if pipe in busy and process.is_alive() and process.pid:
             with contextlib.suppress(OSError):
                 os.kill(process.pid, signal.SIGINT)
         pipe.close()
@@ -102,9 +106,10 @@ def stop(processes: Processes, busy: set[connection.Connection]) -> None:
 
 def in_processes(jobs: list, workers: int, make: Callable) -> Iterator[tuple[Any, dict | str | None]]:
     """`work` in several processes: who is free gets the next job."""
-    waiting, doing, processes = list(jobs), {}, start(workers, make)
+    waiting, processes = list(jobs), start(workers, make)
+    doing: dict[Pipe, Any] = {}
 
-    def next_job(pipe: connection.Connection) -> None:
+    def next_job(pipe: Pipe) -> None:
         doing.pop(pipe, None)
         if waiting:
             doing[pipe] = waiting.pop(0)
@@ -113,7 +118,8 @@ def in_processes(jobs: list, workers: int, make: Callable) -> Iterator[tuple[Any
         for pipe in processes:
             next_job(pipe)
         while doing:
-            for pipe in connection.wait(list(doing)):
+            ready = connection.wait(list(doing))
+            for pipe in [pipe for pipe in doing if pipe in ready]:
                 job = doing[pipe]
                 try:
                     message = pipe.recv()

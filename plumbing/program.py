@@ -1,7 +1,7 @@
 """How the programs end: one line for a mistake, a saved state for Ctrl-C, no traceback for either."""
 import signal
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

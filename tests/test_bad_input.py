@@ -123,6 +123,8 @@ DATA = {  # case: damage, words of the message
     "line without text": (lambda p: table(p, *lines(1), '{"file_name": "1.png"}'),
                           ("metadata.jsonl, line 2", "'text'")),
     "line without file_name": (lambda p: table(p, '{"text": "a"}'), ("metadata.jsonl, line 1", "'file_name'")),
+    "line with an empty file_name": (lambda p: table(p, *lines(2), '{"file_name": "", "text": "a"}'),
+                                     ("metadata.jsonl, line 3", "file_name is empty")),
     "line without its file": (lambda p: table(p, *lines(4)),
                               ("metadata.jsonl, line 4", "ROOT/data/3.png", "no such file")),
     "line with an empty caption": (lambda p: table(p, '{"file_name": "0.png", "text": ""}'),
