@@ -21,7 +21,7 @@ def equations() -> list[tuple[str, str, str]]:
     found = []
     table = README.split("| equation | what | where |")[1].split("\n\n")[0]
     for line in table.splitlines()[2:]:
-        row, _, where = (cell.strip() for cell in line.strip("|").split("|"))
+        row, _, where = (cell.strip() for cell in line.replace("\\|", "").strip("|").split("|"))
         for part in where.split(";"):
             file, *names = re.findall(r"`([^`]+)`", part)
             found += [(row, file, name) for name in names]

@@ -225,9 +225,8 @@ def test_fused_weights_are_trained_as_if_they_were_not(tmp_path, sizes, dim):
         muon.step()
     torch.testing.assert_close(training.model.conv.flatten(1), torch.cat(apart, dim), atol=1e-5, rtol=1e-4)
 
-    for _ in (stopped := build(tmp_path / "stopped", pieces=pieces, clip=1e9)).run(
-            lambda step: (distance([stopped.model.conv, stopped.model.bias], step), {}), save_every=3):
-        break
+    stopped = build(tmp_path / "stopped", pieces=pieces, clip=1e9)
+    step = next(stopped.run(lambda step: (distance([stopped.model.conv, stopped.model.bias], step), {}), save_every=3))
     resumed = walk(build(tmp_path / "stopped", pieces=pieces, clip=1e9))
     assert step == 3 and all(torch.equal(value, state(resumed)[name]) for name, value in state(training).items())
 

@@ -127,21 +127,25 @@ def of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, float]:
             "ordinary, decided": float(reading.decided.mean())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=EMBEDDED,
-                        help="checkpoint folder of the embedded kind; default tiny/model")
+def options_of(description: str, model: Path, out: str) -> argparse.ArgumentParser:
+    """What every program that scores adapters can be told. model, out: defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=model,
+                        help=f"checkpoint folder of the embedded kind; default tiny/{model.name}")
     parser.add_argument("--data", required=True, help="data folder that the adapters were trained on")
     parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE",
                         help="adapter to score, under a name for the report; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("out/score"),
-                        help="folder for scores.json and panel.png; default out/score")
-    parser.add_argument("--concept-prompts", type=int, default=80,
-                        help="number of new prompts with [V]; default 80")
-    parser.add_argument("--ordinary-prompts", type=int, default=200,
-                        help="number of prompts without [V]; default 200")
+    parser.add_argument("--out", type=Path, default=Path(out),
+                        help=f"folder for scores.json and panel.png; default {out}")
     parser.add_argument("--seed", type=int, default=0,
-                        help="random seed for the scored prompts and their noise; default 0")
+                        help="random seed for what is asked for and its noise; default 0")
+    return parser
+
+
+def main() -> None:
+    parser = options_of(__doc__, EMBEDDED, "out/score")
+    parser.add_argument("--concept-prompts", type=int, default=80, help="number of new prompts with [V]; default 80")
+    parser.add_argument("--ordinary-prompts", type=int, default=200, help="number of prompts without [V]; default 200")
     options = parser.parse_args()
 
     judge = Judge(options.model)

@@ -6,9 +6,6 @@ For the base, the teacher's view and every adapter, at the model's own four step
 - ordinary: edits without [V], such as "move it to the left", measured alike.
 Writes panel.png (columns: source, base, the adapters, the teacher's view) and scores.json.
 """
-import argparse
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from plumbing.program import run
 from tiny.edits import CHANGES, Edits, changed, instruction
 from tiny.metrics import Reading
 from tiny.models import FLUX2_FOLDER
-from tiny.score import Judge, adapters, read_pictures
+from tiny.score import Judge, adapters, options_of, read_pictures
 from tiny.world import ATTRIBUTES, COLUMN, draw_marks, draw_scenes, generator
 
 
@@ -44,18 +41,9 @@ def edit_of(folder: str, judge: Judge) -> tuple[str, Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FLUX2_FOLDER,
-                        help="checkpoint folder of the embedded FLUX.2 kind; default tiny/flux2")
-    parser.add_argument("--data", required=True, help="data folder that the adapters were trained on")
-    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FILE",
-                        help="adapter to score, under a name for the report; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("out/score_edits"),
-                        help="folder for scores.json and panel.png; default out/score_edits")
+    parser = options_of(__doc__, FLUX2_FOLDER, "out/score_edits")
     parser.add_argument("--prompts", type=int, default=80,
                         help="number of pictures to edit with [V], and as many again without; default 80")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="random seed for the scored edits, their pictures and their noise; default 0")
     options = parser.parse_args()
 
     check_references(backbone_of(options.model), None, f"tiny.score_edits --model {options.model}")

@@ -10,7 +10,6 @@ Half of the contexts are text. The other half is image + text, and there the tea
 striped orange and blue star" for [V]): words it reads best, and after stage 3 it still takes the backdrop from the
 picture too often when the prompt says another one. (For FLUX.2 the tasks are those of klein.py, in its proportions.)
 """
-import argparse
 import copy
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +21,8 @@ from plumbing.backbone import compile_blocks
 from plumbing.checkpoints import backbone_of
 from plumbing.files import write_json, write_tensors
 from rollout import euler, sample, shifted
-from tiny.making.pretrain import LESSONS, Lessons, add_backbone
-from tiny.making.stage import Stage, join
+from tiny.making.pretrain import Lessons, begin
+from tiny.making.stage import Stage
 from tiny.models import Z_IMAGE_SCHEDULER, guided
 from tiny.world import caption, draw_scenes, generator, grid, random_tell
 
@@ -44,21 +43,9 @@ def cross(teacher, x: Tensor, k: int, shift: float = Z_IMAGE_SCHEDULER["shift"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_backbone(parser)
-    parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-distill")
-    parser.add_argument("--steps", type=int, default=500, help="training steps")
-    parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and noise")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
-    options = parser.parse_args()
-
-    rank, processes = join()
-    torch.manual_seed(options.seed)
-    kind = LESSONS[options.backbone]
-    folder, base = options.model or kind.folder, options.base or kind.base
-    out = options.out or Path("out/tiny") / f"{options.backbone}-distill"
-    lessons = kind(folder, 0, options.seed + 20, rank)
+    options, rank, processes = begin(__doc__, "distill", steps=500, batch=16)
+    folder, base, out = options.model, options.base, options.out
+    lessons = options.lessons(folder, 0, options.seed + 20, rank)
     teacher = backbone_of(base).load(base, "cpu", torch.float32)
     student = copy.deepcopy(teacher).requires_grad_(True)
     for network in (teacher, student) if options.compile else ():

@@ -146,32 +146,38 @@ def check(model: torch.nn.Module, lessons: Lessons, path: Path) -> dict[str, flo
 LESSONS = {"z-image": Lessons, "flux2": klein.Lessons}
 
 
-def add_backbone(parser: argparse.ArgumentParser) -> None:
-    """The options that stages 3 and 4 share."""
+def begin(description: str, name: str, steps: int, batch: int, pool: int | None = None
+          ) -> tuple[argparse.Namespace, int, int]:
+    """Stages 3 and 4: their options, of which `lessons` is a class and the folders are filled in, rank and processes.
+
+    name: of the stage; steps, batch, pool: defaults, None for what a stage does not have.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--backbone", choices=tuple(LESSONS), default="z-image", help="which transformer to train")
     parser.add_argument("--model", type=Path, help="checkpoint folder that is read (vae/, text_encoder/, ...) and "
                         "added to; default tiny/model or tiny/flux2")
     parser.add_argument("--base", type=Path, help="folder of transformer/ before distillation, in bfloat16; default "
                         "tiny/base or tiny/flux2_base")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_backbone(parser)
-    parser.add_argument("--out", type=Path, help="folder of the state and the log; default out/tiny/BACKBONE-pretrain")
-    parser.add_argument("--steps", type=int, default=8000, help="training steps")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per process and step")
-    parser.add_argument("--pool", type=int, default=40000, help="pictures whose latents are kept")
+    parser.add_argument("--out", type=Path, help=f"folder of the state and the log; default out/tiny/BACKBONE-{name}")
+    parser.add_argument("--steps", type=int, default=steps, help="training steps")
+    parser.add_argument("--batch", type=int, default=batch, help="pictures per process and step")
+    if pool is not None:
+        parser.add_argument("--pool", type=int, default=pool, help="pictures whose latents are kept")
     parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and noise")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: needs a C++ compiler")
     options = parser.parse_args()
-
+    options.lessons = LESSONS[options.backbone]
+    options.model, options.base = options.model or options.lessons.folder, options.base or options.lessons.base
+    options.out = options.out or Path("out/tiny") / f"{options.backbone}-{name}"
     rank, processes = join()
     torch.manual_seed(options.seed)
-    kind = LESSONS[options.backbone]
-    folder, base = options.model or kind.folder, options.base or kind.base
-    out = options.out or Path("out/tiny") / f"{options.backbone}-pretrain"
-    lessons = kind(folder, options.pool // processes, options.seed, rank)
+    return options, rank, processes
+
+
+def main() -> None:
+    options, rank, processes = begin(__doc__, "pretrain", steps=8000, batch=32, pool=40000)
+    folder, base, out = options.model, options.base, options.out
+    lessons = options.lessons(folder, options.pool // processes, options.seed, rank)
     model = lessons.network()
     if options.compile:
         compile_blocks(model)
