@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from plumbing.files import InputError
-from baselines import off_policy
 from model import scheduler_shift
 from rollout import Point, euler, rollout, sample, sigma_grid
 
@@ -207,26 +206,6 @@ def test_generator_keeps_no_reference():
     finally:
         gc.enable()
     assert seen == [True] * 4
-
-
-def test_off_policy_walks_along_the_teachers_velocity():
-    """The next state is x + (sigma' - sigma) v for the teacher's v, and the gradient stays at the student."""
-    net, noise, grid = student(), torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 3)
-    visited, levels = [], torch.tensor(1.0, requires_grad=True)
-
-    def velocity(x, sigma):
-        visited.append(x)
-        assert not x.requires_grad
-        return net(x)
-
-    for loss in off_policy(velocity, noise, grid, lambda x, sigma: levels * torch.full_like(x, sigma),
-                           lambda point: 1.0, None, 0.0, torch.Generator()):
-        loss.backward()
-    x = noise
-    for state, sigma, sigma_next in zip(visited, grid.tolist(), grid.tolist()[1:]):
-        assert torch.allclose(state, x)
-        x = x + (sigma_next - sigma) * sigma
-    assert len(visited) == 3 and levels.grad is None and all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.parametrize("learned", [{0}, {1, 3}, {0, 1, 2, 3}, set()])

@@ -5,27 +5,24 @@ import json
 import shutil
 import weakref
 from importlib.metadata import version
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, learn, metrics, on_each_loss, write_pictures
+from conftest import SCHEDULER, fill_b, largest_difference, learn, metrics, write_pictures
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model import their_velocity
-from test_sample import difference, pixels, tiles
+from test_sample import pixels
 
 import data
 import model as zimage
 import sample
 import train
 from networks import vae
-from plumbing import encoder_files, lora_files, pictures, recipes
-from baselines import draw_sigma
+from plumbing import encoder_files, lora_files
 from plumbing.backbone import Backbone
 from rollout import sigma_grid
 
@@ -113,93 +110,6 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
     for name, (layer, (A, B)) in layers.items():
         assert torch.allclose(A.grad, layer.lora_A["student"].weight.grad, rtol=1e-3, atol=1e-5), name
         assert torch.allclose(B.grad, layer.lora_B["student"].weight.grad, rtol=1e-3, atol=1e-5), name
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
-    flags = ("--method", "sft", "--steps", 1, "--seed", 9, "--accumulate", accumulate)
-    parts, losses = prepare(*flags), []
-    for number in range(accumulate):
-        batch, rng = parts.dataset.batch(number), data.generator(9, "noise", number)
-        eps = torch.randn(batch.latents.shape, generator=rng)
-        u = 1 - torch.rand(len(eps), generator=rng)
-        sigma = 3 * u / (1 + 2 * u)                                                 # the scheduler's shift is 3
-        s = sigma.view(-1, 1, 1, 1)
-        x = (1 - s) * batch.latents + s * eps
-        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
-        losses.append(((v - (eps - batch.latents)) ** 2).mean())
-    mean = sum(losses) / accumulate
-    line, = metrics(run("real", *flags))
-    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
-    gradient = torch.autograd.grad(mean, parts.run.tuned.theta.parameters())
-    assert line["gradient_norm"] == pytest.approx(norm_of(gradient), rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------- the other methods
-@pytest.fixture
-def filled(prepare):
-    """filled(flags, ...) -> parts with a student and a teacher that are not the base, the first batch, its noise."""
-    def start(*flags) -> SimpleNamespace:
-        parts = prepare(*flags)
-        fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
-        parts.batch, parts.sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER["shift"], 2)
-        return parts
-    return start
-
-
-def agrees(value: float, parts, expected: torch.Tensor) -> None:
-    """A step returned the loss and left the gradient of `expected`."""
-    assert value == pytest.approx(expected.item(), rel=1e-4)
-    gradients = torch.autograd.grad(expected, parts.run.tuned.theta.parameters())
-    for tensor, gradient in zip(parts.run.tuned.theta.parameters(), gradients):
-        assert torch.allclose(tensor.grad, gradient, rtol=1e-3, atol=1e-6) and gradient.abs().max() > 1e-4
-
-
-def test_off_policy_compares_at_the_teachers_states(filled):
-    parts = filled("--method", "off-policy")
-    value = learn(parts)
-    x, terms = noise_of(parts.batch, 0, 0), []
-    student, teacher = (with_adapter(parts.model, side) for side in (parts.run.tuned.theta, parts.run.tuned.theta_bar))
-    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        goal = teacher(x, sigma, parts.batch.teacher_context).detach()
-        terms.append(((student(x, sigma, parts.batch.student_context) - goal) ** 2).mean())
-        x = x + (following - sigma) * goal                                          # D-OPSD goes on with the student's
-    agrees(value, parts, sum(terms) / 2)
-
-
-def test_sft_teacher_learns_from_the_teachers_pictures(filled):
-    parts = filled("--method", "sft-teacher")
-    value = learn(parts)
-    rng, x = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
-    torch.randn(x.shape, generator=rng)
-    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        v = parts.model.velocity(x, sigma, parts.batch.teacher_context, parts.run.tuned.theta_bar)
-        x = (x + (following - sigma) * v).detach()
-    eps = torch.randn(x.shape, generator=rng)
-    sigma = draw_sigma(rng, 3.0, len(x))
-    s = sigma.view(-1, 1, 1, 1)
-    v = parts.model.velocity((1 - s) * x + s * eps, sigma, parts.batch.student_context, parts.run.tuned.theta)
-    agrees(value, parts, ((v - (eps - x)) ** 2).mean())
-
-
-def test_pso_prefers_the_target_to_an_own_sample(filled):
-    parts = filled("--method", "pso", "--beta", 3)
-    value = learn(parts)
-    rng, own = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
-    torch.randn(own.shape, generator=rng)
-    k = torch.randint(2, (len(own),), generator=rng)
-    eps, sigma = torch.randn(own.shape, generator=rng), parts.sigmas[k]
-    for at, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        v = parts.model.velocity(own, at, parts.batch.student_context, parts.run.tuned.theta)
-        own = own + (following - at) * v
-        own = own.detach()
-    s, errors = sigma.view(-1, 1, 1, 1), {}
-    for name, x0 in (("win", parts.batch.latents), ("lose", own)):
-        for adapter in (None, parts.run.tuned.theta):
-            v = parts.model.velocity((1 - s) * x0 + s * eps, sigma, parts.batch.student_context, adapter)
-            errors[name, adapter is None] = ((v - (eps - x0)) ** 2).flatten(1).mean(1)
-    margin = (errors["win", True] - errors["lose", True]) - (errors["win", False] - errors["lose", False])
-    agrees(value, parts, torch.log(1 + torch.exp(-3 * margin)).mean())
 
 
 @pytest.mark.parametrize("grad_states", [1, 2, 3])
@@ -341,55 +251,6 @@ def test_out_defaults_to_the_name_of_the_data(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*base, "--steps", "1"]) == 0
     assert (tmp_path / "out" / "photos" / STATE).is_file()
-
-
-# ---------------------------------------------------------------------------------------------------- panels
-def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
-    present = []
-    panel = tmp_path / "real" / "samples" / "step_000000.png"
-    on_each_loss(monkeypatch, lambda loss: present.append(panel.is_file()) or loss)
-    run("real", "--steps", 1, "--sample-every", 1)
-    assert present == [True, True]
-
-
-def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
-    out = run("real", "--steps", 4, "--sample-every", 4, "--seed", 6, "--panel-prompt", "a [V] on mint")
-    first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 4, 4, (32, 32)) for n in (0, 4))
-    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", recipes.SMALL.unrelated]
-
-    def cell(*flags) -> np.ndarray:
-        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png"]
-        sample.main([str(word) for word in (*words, *flags)])
-        picture = Image.open(tmp_path / "cell.png").resize((160, 160), Image.Resampling.NEAREST)
-        return np.asarray(picture).astype(int)
-
-    for i, prompt in enumerate(prompts):
-        target, base, student, teacher = last[i]
-        assert difference(first[i][1], base) == 0 and difference(first[i][2], base) == 0       # B = 0 at the start
-        assert difference(cell("--prompt", prompt), base) <= 1                 # encoded alone here, together there
-        assert difference(cell("--prompt", prompt, "--lora", out / "student.safetensors"), student) <= 2
-        shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
-        assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
-        if i < 2:
-            crop = pictures.crop(pictures.open_image(photos / f"{i}.png"), (32, 32))
-            enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
-            assert difference(target, np.asarray(enlarged).astype(int)) == 0
-    assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
-
-
-def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
-    """Two data sets with the same captions and one cache: neither may show the other's teacher, now or later."""
-    other = write_pictures(tmp_path / "other", [(40, 40)] * 5)
-    for i in (0, 1, 2):
-        (other / f"{i}.png").write_bytes((other / f"{4 - i}.png").read_bytes())
-    for i in (3, 4):
-        (other / f"{i}.png").unlink()
-        (other / f"{i}.txt").unlink()
-    flags = ("--steps", 1, "--sample-every", 1, "--cache", tmp_path / "shared")
-    runs = [run(f"run{i}", *flags, *(("--data", other) if i % 2 else ())) for i in range(4)]
-    first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
-    assert difference(first, second) > 10
-    assert difference(first, third) == 0 and difference(second, fourth) == 0
 
 
 def test_buckets_of_several_shapes(run, tmp_path, capsys):
