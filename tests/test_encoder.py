@@ -244,6 +244,26 @@ def test_teacher_rope(world, both):
     assert both.vlm.config.text_config.rope_parameters["rope_theta"] == 1e4
 
 
+# ---------------------------------------------------------------------------------------------------- Eq. 4
+@pytest.mark.parametrize("sources", [0, 1, 2])
+def test_contexts_of_a_pair(sources):
+    """Both sides see the sources in their order; x0 is the teacher's last reference, if its kind has it so."""
+    y, y_teacher, x0 = torch.zeros(3, 4), torch.ones(5, 4), torch.full((2, 6, 6), 9.0)
+    given = [torch.full((2, 4, 4 + i), float(i)) for i in range(sources)]
+    for kind, shown, extra in (("vlm", x0, []), ("reference", x0, [x0]), ("reference", None, []), ("", x0, [])):
+        student, teacher = encoder.contexts(y, y_teacher, given, shown, kind)
+        assert student.text is y and teacher.text is y_teacher
+        assert isinstance(student.references, tuple) and isinstance(teacher.references, tuple)
+        assert len(student.references) == sources and len(teacher.references) == sources + len(extra)
+        assert all(a is b for a, b in zip(student.references, given, strict=True))
+        assert all(a is b for a, b in zip(teacher.references, [*given, *extra], strict=True))
+        student, teacher = encoder.contexts(y, None, given, shown, kind)
+        assert teacher is None and student.text is y
+        assert all(a is b for a, b in zip(student.references, given, strict=True))
+    student, teacher = encoder.contexts(y, y_teacher)
+    assert student.references == teacher.references == ()
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 

@@ -163,6 +163,16 @@ def test_unknown_objective():
         loss_at(point_at(0.5, draw(1)), draw(2), "huber")
 
 
+def test_a_new_objective_is_one_entry(monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "late", lambda point: 3 * (1 - point.sigma_next))
+    for sigma, following in ((1.0, 0.9), (0.5, 0.3)):
+        point, v_teacher = point_at(sigma, draw(1), 0.0, following), draw(2)
+        ratio = float(loss_at(point, v_teacher, "late")) / float(loss_at(point, v_teacher, "v"))
+        assert ratio == pytest.approx(3 * (1 - following), rel=1e-5)
+    with pytest.raises(InputError, match="choose one of v, x0, kl, late$"):
+        weight_of("later")
+
+
 @pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_backward_per_step_equals_one_backward(kind):
     def nets() -> tuple[torch.nn.Module, torch.nn.Module]:

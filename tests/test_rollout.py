@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from plumbing.files import InputError
 from model import scheduler_shift
+from plumbing.files import InputError
 from rollout import Point, euler, rollout, sample, sigma_grid
 
 SHIFT = 3.0  # Turbo's

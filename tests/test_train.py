@@ -1,15 +1,17 @@
 """train.py: each number of a run against an independent computation, and what a run leaves behind."""
 import gc
+import inspect
 import itertools
 import json
 import shutil
 import weakref
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULER, fill_b, largest_difference, learn, metrics, write_pictures
+from conftest import SCHEDULER, fill_b, largest_difference, learn, metrics, random_transformer, write_pictures
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -18,12 +20,14 @@ from test_model import their_velocity
 from test_sample import pixels
 
 import data
+import lora
 import model as zimage
 import sample
 import train
 from networks import vae
-from plumbing import encoder_files, lora_files
+from plumbing import encoder_files, lora_files, recipes
 from plumbing.backbone import Backbone
+from plumbing.options import parse
 from rollout import sigma_grid
 
 STATE = "state.safetensors"
@@ -145,6 +149,22 @@ def test_teachers(run, prepare, teacher, equal):
 
 
 @pytest.mark.parametrize("method", list(train.METHODS))
+def test_needs_are_the_parameters_and_bind_gives_them(method):
+    needs, parameters = train.METHODS[method].needs, list(inspect.signature(train.METHODS[method].losses).parameters)
+    assert parameters[0] == "student" and len(parameters) == len(set(parameters)) == 3 + len(needs)
+    assert set(parameters) == {"student", "x", "sigmas", *needs}
+    cfg = recipes.fill(parse(train.Options, ["--data", "photos", "--method", method], ""), recipes.SMALL)
+    context = zimage.Context(torch.zeros(2, 128))
+    batch = data.Batch(torch.ones(1, 8, 4, 4), [context], [context], ["a star"], [0])
+    task = train.Task("photos", SimpleNamespace(batch=lambda number: batch), None)
+    given = train.bind(cfg, lora.Tuned(random_transformer(), 1, 1, 0), task, 0, lambda *_: 3.0)
+    assert set(parameters) <= given.keys()
+    losses = list(train.METHODS[method](**given))
+    assert len(losses) == (cfg.rollout_steps if "states" in needs else 1)
+    assert all(loss.shape == () and loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("method", list(train.METHODS))
 def test_every_method_trains_and_resumes(run, method):
     whole = run("whole", "--method", method, "--steps", 3)
     run("parts", "--method", method, "--steps", 1)
@@ -262,6 +282,59 @@ def test_buckets_of_several_shapes(run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- memory
+class Ledger:
+    """How many bytes autograd holds for the backward pass, now and at most; weights, which it only refers to, aside."""
+
+    def __init__(self, weights):
+        self.held, self.peak, self.before, self.weights = 0, 0, [], {weight.data_ptr() for weight in weights}
+        ledger = self
+
+        class Entry:
+            def __init__(self, tensor):
+                self.tensor, self.size = tensor, 0 if tensor.data_ptr() in ledger.weights else tensor.nbytes
+                ledger.held += self.size
+                ledger.peak = max(ledger.peak, ledger.held)
+
+            def __del__(self):
+                ledger.held -= self.size
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(Entry, lambda entry: entry.tensor)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("method", ["dopsd", "off-policy"])
+def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
+    """On a transformer with a LoRA: K = 4 states hold as much as one; four graphs, four times."""
+    model = random_transformer().requires_grad_(False)
+    tuned = lora.Tuned(model, rank=2, alpha=2, seed=0)
+    fill_b(tuned.theta, seed=1), fill_b(tuned.theta_bar, seed=2)
+    draw = torch.Generator().manual_seed(3)
+    context, x = [zimage.Context(torch.randn(8, 128, generator=draw))], torch.randn(1, 8, 8, 8, generator=draw)
+
+    def peak(K: int) -> int:
+        ledger, student = Ledger([*model.parameters(), *tuned.theta.parameters()]), tuned.student(context)
+
+        def velocity(x, sigma):
+            ledger.before.append(ledger.held)
+            return student(x, sigma)
+
+        given = dict(student=velocity, teacher=tuned.teacher(context), x=x, sigmas=sigma_grid(SCHEDULER["shift"], K),
+                     weight=lambda point: 1.0, states=None, noise=0.0, rng=torch.Generator())
+        with ledger.hooks:
+            if at_once:
+                sum(train.METHODS[method](**given)).backward()
+            else:
+                monkeypatch.setattr(train, "bind", lambda *_: given)
+                cfg, run = SimpleNamespace(accumulate=1, method=method), SimpleNamespace(step=0, tuned=tuned)
+                train.gradient_of_step(cfg, run, [SimpleNamespace(name="a")], None)
+        assert ledger.held == 0 and len(ledger.before) == K
+        assert any(ledger.before) == (at_once and K > 1)                    # before a forward pass nothing is held
+        return ledger.peak
+
+    ratio = peak(4) / peak(1)
+    assert 3.8 < ratio < 4.2 if at_once else 0.95 < ratio < 1.05
+
+
 def test_models_are_freed_before_the_transformer_comes(run, tmp_path, monkeypatch):
     alive = []
 
