@@ -311,6 +311,7 @@ def test_argparse_refuses(place, capsys, main, words):
     assert caught.value.code == 2 and words[-1] in capsys.readouterr().err and place.snapshot() == before
 
 
+@pytest.mark.quick
 def test_earlier_spellings_still_work(place):
     """--teacher base meant frozen weights, --teacher-lora base the untuned model; today's words tell them apart."""
     old = parse(train.Options, ["--data", "a", "b", "--teacher", "base", "--teacher-lora", "image", "base"], "")
@@ -369,6 +370,7 @@ def test_exit_status_2_and_one_line(place, name):
     assert place.snapshot() == before
 
 
+@pytest.mark.quick
 def test_programs_report_in_one_line(capsys):
     def fails():
         raise InputError("a.png: broken; replace it")

@@ -12,6 +12,7 @@ import data
 from baselines import denoising_error, draw_sigma, off_policy, preference, sft
 from rollout import sigma_grid
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0
 
 

@@ -11,6 +11,8 @@ from test_features import FakeEncoder, Loader, picture, sidecars, table
 from data import Dataset, Row, bucket_shapes, generator, nearest_shape, read_folder
 from plumbing.files import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def fails(path: Path, message: str) -> None:
     """`read_folder(path)` raises one line that matches `message`, in which PATH stands for the path."""

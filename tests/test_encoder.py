@@ -13,6 +13,7 @@ import encoder
 from networks.flux2 import KLEIN
 from plumbing import encoder_files
 
+pytestmark = pytest.mark.quick
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 # What the own chat template of Qwen3-VL does for one user message.
 IMAGE_TEMPLATE = (

@@ -20,6 +20,7 @@ from networks.flux2 import KLEIN
 from plumbing import encoder_files
 from plumbing.files import InputError
 
+pytestmark = pytest.mark.quick
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 PROMPTS = ["a red star", "ein großes Haus mit 3 Bäumen, 夜", "[V] in the snow  ", "a big blue blob on the left on mint"]
 # What the own chat template of Qwen3 does for one user message.

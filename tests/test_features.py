@@ -16,6 +16,8 @@ from data import Dataset, bucket_shapes, read_folder
 from plumbing import features
 from plumbing.files import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), color="red", mode: str = "RGB") -> Path:
     Image.new(mode, size, color).save(path)

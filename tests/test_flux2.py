@@ -107,6 +107,7 @@ def adapter(model):
 
 
 # ---------------------------------------------------------------------------------------------------- parity
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_gradient_equal_diffusers(case, theirs, model):
     x, sigma, context = inputs(case)
@@ -127,6 +128,7 @@ def test_other_configurations(changes):
     assert difference(model.velocity(x, sigma, context), their_velocity(theirs, x, sigma, context)) < 1e-4
 
 
+@pytest.mark.quick
 def test_every_parameter_gets_their_gradient():
     theirs, (x, sigma, context) = reference().requires_grad_(True), inputs()
     model = ours(theirs).requires_grad_(True)
@@ -145,6 +147,7 @@ def test_text_alone_and_sigma_as_a_number(model):
     assert difference(v, model.velocity(x, torch.tensor([0.3, 0.3]), context)) < 1e-5
 
 
+@pytest.mark.quick
 def test_references_count_in_their_order(model):
     x, sigma, (context, _) = inputs("wide, two references")
     v = model.velocity(x[:1], sigma, [context])
@@ -200,6 +203,7 @@ def test_adapter_equals_merged_weights(model, adapter):
     assert torch.equal(model.velocity(x, sigma, context, new), model.velocity(x, sigma, context))
 
 
+@pytest.mark.quick
 def test_lora_reaches_all_of_every_block_as_in_peft(model, adapter):
     """Every matrix has PEFT's gradient; the layers are all Linears of the blocks, the embedders and modulation none."""
     theirs, (x, sigma, context) = reference(), inputs()
@@ -235,6 +239,7 @@ def test_diffusers_and_we_load_our_file(model, adapter, tmp_path):
     assert difference(v, model.velocity(x, sigma, context, ours)) < 1e-5
 
 
+@pytest.mark.quick
 def test_teacher_between_forward_and_backward_under_checkpointing(theirs):
     """The backward pass recomputes each block with the student's adapter and text, though the teacher ran last."""
     gradients = []

@@ -12,6 +12,7 @@ import lora
 from plumbing import lora_files
 from plumbing.files import InputError
 
+pytestmark = pytest.mark.quick
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 RANK, ALPHA = 3, 6
 

@@ -14,6 +14,8 @@ import lora
 from plumbing import lora_files
 from plumbing.files import InputError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -9,6 +9,7 @@ from plumbing.files import InputError
 from rollout import Point, rollout, sigma_grid, transition
 from train import dopsd
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0
 SHAPE = (2, 3, 4, 5)
 

@@ -9,6 +9,7 @@ import train
 from plumbing import train_options
 from plumbing.options import option, parse
 
+pytestmark = pytest.mark.quick
 PROGRAMS = {train: ("data and model", "method", "optimisation", "output", "machine"),
             sample: ("what to draw", "model", "output", "machine")}             # and the headings of their help
 

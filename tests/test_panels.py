@@ -1,13 +1,19 @@
 """The panels of a training run: when they are drawn, and that each cell is what sample.py draws."""
 import numpy as np
-from conftest import CAPTIONS, on_each_loss, write_pictures
+import pytest
+import torch
+from conftest import CAPTIONS, fill_b, on_each_loss, write_pictures
 from PIL import Image
 from test_sample import difference, pixels, tiles
 
+import lora
+import model as zimage
 import sample
 from plumbing import pictures, recipes
+from plumbing.panels import PanelRow, Panels
 
 
+@pytest.mark.quick
 def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
     present = []
     panel = tmp_path / "real" / "samples" / "step_000000.png"
@@ -54,3 +60,26 @@ def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
     first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
     assert difference(first, second) > 10
     assert difference(first, third) == 0 and difference(second, fourth) == 0
+
+
+@pytest.mark.quick
+def test_a_panel_by_itself(checkpoint, tmp_path, monkeypatch):
+    """One column for everything that is there, the base drawn once; another student changes its own column only."""
+    net = zimage.Z_IMAGE.load(checkpoint, "cpu", torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    student, teacher = (zimage.Context(torch.randn(9, 128, generator=draw)) for _ in range(2))
+    target = Image.new("RGB", (32, 32), "red")
+    rows = [PanelRow("one", target, student, teacher), PanelRow("two", None, student, teacher)]
+    panels, drawn = Panels(checkpoint, net, lambda *_: 3.0, 2, 5, (32, 32), rows), []
+    monkeypatch.setattr("plumbing.panels.draw", lambda *given: drawn.append(given[-1]) or sample.draw(*given))
+    first, second = (fill_b(lora.create(net, 2, 2, 0), seed) for seed in (1, 2))
+    panels.draw(tmp_path / "1.png", "a note", first, first, {"another": second})
+    panels.draw(tmp_path / "2.png", "a note", second, None)
+    assert drawn == [None, first, first, second, second]
+    text = Image.open(tmp_path / "1.png").text
+    assert {"prompt": "one\ntwo", "seed": "5", "steps": "2", "lora": "a note"}.items() <= text.items()
+    (wide, narrow) = (tiles(pixels(tmp_path / f"{i}.png"), columns, 2, (32, 32)) for i, columns in ((1, 5), (2, 3)))
+    assert (wide[0][0] == [255, 0, 0]).all() and (wide[1][0] == 255).all()
+    for row, again in zip(wide, narrow, strict=True):
+        assert difference(row[1], again[1]) == 0 and difference(row[4], again[2]) == 0
+        assert min(difference(row[1], row[2]), difference(row[2], row[3]), difference(row[2], row[4])) > 2

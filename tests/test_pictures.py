@@ -11,6 +11,8 @@ from plumbing import pictures
 from plumbing.files import InputError
 from plumbing.pictures import crop, fit, open_image
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):

@@ -10,6 +10,7 @@ from model import scheduler_shift
 from plumbing.files import InputError
 from rollout import Point, euler, rollout, sample, sigma_grid
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0  # Turbo's
 TURBO = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
          "use_dynamic_shifting": False}

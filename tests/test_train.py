@@ -66,6 +66,7 @@ def test_first_loss_is_equation_7(run, prepare, kind, accumulate, steps):
     assert losses[0].item() > 1e-3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("checkpointing", ["--no-checkpointing", "--checkpointing"])
 @pytest.mark.parametrize("kind", ["v", "x0"])
 def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpointing):
@@ -148,6 +149,7 @@ def test_teachers(run, prepare, teacher, equal):
     assert [name for name, is_same in same.items() if is_same] == ([equal] if equal else [])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", list(train.METHODS))
 def test_needs_are_the_parameters_and_bind_gives_them(method):
     needs, parameters = train.METHODS[method].needs, list(inspect.signature(train.METHODS[method].losses).parameters)
@@ -164,6 +166,7 @@ def test_needs_are_the_parameters_and_bind_gives_them(method):
     assert all(loss.shape == () and loss.requires_grad for loss in losses)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", list(train.METHODS))
 def test_every_method_trains_and_resumes(run, method):
     whole = run("whole", "--method", method, "--steps", 3)
@@ -178,6 +181,7 @@ def norm_of(gradients) -> float:
     return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
     flags = ("--accumulate", accumulate, "--alpha", 60)                              # so large that it is clipped
@@ -233,6 +237,7 @@ def test_checkpointing_changes_no_number(run):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+@pytest.mark.quick
 def test_what_a_run_leaves_behind(run, capsys, checkpoint):
     out = run("name", "--steps", 3, "--sample-every", 2, "--seed", 8)
     assert {path.name for path in out.iterdir()} == {*FILES, "config.json", "metrics.jsonl", "samples"}
@@ -301,6 +306,7 @@ class Ledger:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(Entry, lambda entry: entry.tensor)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("method", ["dopsd", "off-policy"])
 def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):

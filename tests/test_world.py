@@ -142,6 +142,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("compose", COMPOSED, ids=lambda compose: compose.__name__)
 def test_a_rendering_is_the_picture_that_pillow_draws(render, compose):
     backdrop, named = COMPOSED[compose]
@@ -198,6 +199,7 @@ STYLED = scene(shape="star", size="big", place="on the left", pattern="dotted", 
                backdrop="mint", line="chalk", texture="ruled")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("row, tell, concept, text", [
     (PLAIN, None, "", "a small plain orange circle at the top on wine"),
     (STYLED, None, "", "a big dotted red and white star on the left on mint in chalk ruled style"),
@@ -220,6 +222,7 @@ def test_captions(row, tell, concept, text):
     assert (caption(row, concept=concept) if tell is None else caption(row, tell, concept)) == text
 
 
+@pytest.mark.quick
 def test_words_and_indices_are_inverse():
     rows = draw_scenes(50, seeded(3), styled=.5)
     assert all(torch.equal(scene(**world.words(row)), row) for row in rows)
@@ -386,6 +389,7 @@ def test_a_colour_between_two_is_further_away_than_either(reader, render):
     assert distance[1] > .1 > 20 * max(distance[0], distance[2])
 
 
+@pytest.mark.quick
 def test_accuracies_by_hand():
     asked = torch.stack([STYLED, PLAIN])
     got = asked.clone()
