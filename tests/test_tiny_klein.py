@@ -112,6 +112,7 @@ def test_edits_change_what_they_say_and_nothing_else(held_out):
         assert not held_out_object(edits.shown).any()
 
 
+@pytest.mark.quick
 def test_instructions():
     row = scene(shape="star", size="big", place="on the left", pattern="striped", main="orange", second="blue",
                 backdrop="mint")
