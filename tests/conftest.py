@@ -18,12 +18,14 @@ from diffusers import AutoencoderKLFlux2
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+import encoder
 import lora
 import train
 from model import ZImageTransformer
-from plumbing import files
+from plumbing import encoder_files, files
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import ROOT
+from rollout import sigma_grid
 
 TRANSFORMER = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
                "all_f_patch_size": [1], "in_channels": 8, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
@@ -122,6 +124,28 @@ def tiny_klein(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """A checkpoint without a transformer, and the models of transformers whose weights it holds. To be read only."""
+    import test_encoder_files
+    return test_encoder_files.make_world(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def both(world) -> encoder.Encoder:
+    """Both readers of that checkpoint."""
+    return encoder_files.load(world.folder, "cpu", vlm=world.vlm)
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    """Four smooth random pictures of different shapes."""
+    generator = torch.Generator().manual_seed(1)
+    small = [torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8).numpy() for _ in range(4)]
+    return [Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+            for pixels, size in zip(small, [(64, 64), (100, 40), (33, 90), (200, 200)])]      # width, height
+
+
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -194,6 +218,17 @@ def learn(parts: SimpleNamespace, **changes) -> float:
         loss.backward()
         value += loss.item()
     return value
+
+
+@pytest.fixture
+def filled(prepare):
+    """filled(flags, ...) -> parts with a student and a teacher that are not the base, the first batch, its noise."""
+    def start(*flags) -> SimpleNamespace:
+        parts = prepare(*flags)
+        fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
+        parts.batch, parts.sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER["shift"], 2)
+        return parts
+    return start
 
 
 def on_each_loss(monkeypatch, change, name: str = "dopsd") -> None:

@@ -1,4 +1,5 @@
 """The feature cache: what is encoded, when, and what a batch then holds; with tiny images and fake encoders."""
+import dataclasses
 import gc
 import json
 import shutil
@@ -14,6 +15,8 @@ import encoder
 from data import Dataset, bucket_shapes, read_folder
 from plumbing import features
 from plumbing.files import InputError
+
+pytestmark = pytest.mark.quick
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), color="red", mode: str = "RGB") -> Path:
@@ -206,6 +209,27 @@ def test_sources_reach_both_sides_and_the_target_comes_last(tmp_path, teacher):
             prompt, count = batch.captions[row], len(student.references)
             text = FakeEncoder().text_context([encoder.reference_prompt(prompt, count)])[0]
             assert torch.equal(batch.teacher_context[row].text, text) == (teacher == "reference")
+
+
+def test_a_new_teacher_context_is_one_entry(tmp_path, monkeypatch):
+    """Here the teacher reads the prompt backwards; the cache and `contexts` take it as they take the others."""
+    backwards = encoder.TeacherContext(
+        lambda reader, prompts, targets, sources: reader.text_context([prompt[::-1] + "!" for prompt in prompts]),
+        needs_vlm=False, adds_reference=False)
+    monkeypatch.setitem(encoder.TEACHER_CONTEXTS, "backwards", backwards)
+    folder = sidecars(tmp_path / "data", size=(16, 16))
+    batch = Dataset(Loader().prepare(folder, tmp_path / "cache", kind="backwards"), 4, 0).batch(0)
+    assert len(batch.teacher_context) == 4
+    for caption, student, teacher in zip(batch.captions, batch.student_context, batch.teacher_context, strict=True):
+        assert torch.equal(student.text, FakeEncoder().text_context([caption])[0])
+        assert torch.equal(teacher.text, FakeEncoder().text_context([caption[::-1] + "!"])[0])
+        assert teacher.references == student.references == ()
+    x0 = torch.ones(3, 4, 4)
+    student, teacher = encoder.contexts(torch.zeros(2, 5), torch.ones(3, 5), (), x0, "backwards")
+    assert teacher.references == () and torch.equal(teacher.text, torch.ones(3, 5))
+    monkeypatch.setitem(encoder.TEACHER_CONTEXTS, "backwards", dataclasses.replace(backwards, adds_reference=True))
+    batch = Dataset(Loader().prepare(folder, tmp_path / "other cache", kind="backwards"), 4, 0).batch(0)
+    assert all(torch.equal(*context.references, x0) for context, x0 in zip(batch.teacher_context, batch.latents))
 
 
 def test_a_changed_source_is_encoded_again(tmp_path):

@@ -17,6 +17,8 @@ from torch import nn
 from plumbing import files
 from plumbing.files import ROOT, InputError
 
+pytestmark = pytest.mark.quick
+
 
 def fails(call, *expected) -> None:
     """call() raises one line with all of `expected`."""

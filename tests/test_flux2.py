@@ -1,12 +1,10 @@
-"""FLUX.2-klein's transformer on small random configurations against diffusers and PEFT, its schedule, its loading."""
+"""FLUX.2-klein's transformer on small random configurations against diffusers and PEFT, and its loading."""
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import fill_b
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_model import assert_same_gradient, difference
@@ -15,7 +13,6 @@ from torch import nn
 import lora
 from networks import flux2
 from networks.flux2 import Context
-from rollout import sigma_grid
 from plumbing import lora_files
 from plumbing.files import InputError
 
@@ -38,11 +35,6 @@ SCHEDULER = dict(_class_name="FlowMatchEulerDiscreteScheduler", base_image_seq_l
                  shift_terminal=None, stochastic_sampling=False, time_shift_type="exponential", use_beta_sigmas=False,
                  use_dynamic_shifting=True, use_exponential_sigmas=False, use_karras_sigmas=False)
 RANK, ALPHA = 3, 6
-
-
-def grid_of(config: dict, steps: int, height: int, width: int) -> torch.Tensor:
-    """Noise levels for latents of this size."""
-    return sigma_grid(flux2.time_shift(config, steps, height, width), steps)
 
 
 def reference(seed: int = 0, **changes) -> Flux2Transformer2DModel:
@@ -107,6 +99,7 @@ def adapter(model):
 
 
 # ---------------------------------------------------------------------------------------------------- parity
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_gradient_equal_diffusers(case, theirs, model):
     x, sigma, context = inputs(case)
@@ -127,6 +120,7 @@ def test_other_configurations(changes):
     assert difference(model.velocity(x, sigma, context), their_velocity(theirs, x, sigma, context)) < 1e-4
 
 
+@pytest.mark.quick
 def test_every_parameter_gets_their_gradient():
     theirs, (x, sigma, context) = reference().requires_grad_(True), inputs()
     model = ours(theirs).requires_grad_(True)
@@ -145,6 +139,7 @@ def test_text_alone_and_sigma_as_a_number(model):
     assert difference(v, model.velocity(x, torch.tensor([0.3, 0.3]), context)) < 1e-5
 
 
+@pytest.mark.quick
 def test_references_count_in_their_order(model):
     x, sigma, (context, _) = inputs("wide, two references")
     v = model.velocity(x[:1], sigma, [context])
@@ -200,6 +195,7 @@ def test_adapter_equals_merged_weights(model, adapter):
     assert torch.equal(model.velocity(x, sigma, context, new), model.velocity(x, sigma, context))
 
 
+@pytest.mark.quick
 def test_lora_reaches_all_of_every_block_as_in_peft(model, adapter):
     """Every matrix has PEFT's gradient; the layers are all Linears of the blocks, the embedders and modulation none."""
     theirs, (x, sigma, context) = reference(), inputs()
@@ -235,6 +231,7 @@ def test_diffusers_and_we_load_our_file(model, adapter, tmp_path):
     assert difference(v, model.velocity(x, sigma, context, ours)) < 1e-5
 
 
+@pytest.mark.quick
 def test_teacher_between_forward_and_backward_under_checkpointing(theirs):
     """The backward pass recomputes each block with the student's adapter and text, though the teacher ran last."""
     gradients = []
@@ -369,35 +366,3 @@ def test_config_is_checked(folder, key, value):
 def test_wrong_inputs(model, x, context, message):
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         model.velocity(x, 0.5, [context])
-
-
-# ---------------------------------------------------------------------------------------------------- schedule
-@pytest.mark.parametrize("height, width", [(256, 256), (512, 768), (1024, 1024), (1344, 576), (1040, 1056),
-                                           (1056, 1056), (2048, 2048)])  # 4290 and 4356 tokens: either side of 4300
-def test_grid_is_the_pipelines(height, width):
-    for steps in range(1, 51):
-        scheduler, tokens = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER), (height // 16) * (width // 16)
-        u = np.linspace(1.0, 1 / steps, steps)
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=u, mu=compute_empirical_mu(tokens, steps))
-        sigmas = grid_of(SCHEDULER, steps, height // 8, width // 8)
-        assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32
-        assert difference(sigmas, scheduler.sigmas) < 1e-6
-        assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-
-
-def test_grid_of_four_steps_at_1024_pixels():
-    grid = grid_of(SCHEDULER, 4, 128, 128)
-    assert difference(grid, torch.tensor([1, .967, .908, .767, 0])) < 1e-3  # not 1, .952, .832, .0098
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(_class_name="EulerDiscreteScheduler"), "EulerDiscreteScheduler"), (dict(use_dynamic_shifting=False), "False"),
-    (dict(time_shift_type="linear"), "linear"), (dict(shift_terminal=0.1), "0.1"), (dict(use_beta_sigmas=True), "True"),
-])
-def test_other_schedulers_are_refused(change, message):
-    with pytest.raises(InputError, match=f"{next(iter(change))} = {message}"):
-        grid_of(SCHEDULER | change, 4, 128, 128)
-    plain = {"_class_name": SCHEDULER["_class_name"], "use_dynamic_shifting": True}
-    assert torch.equal(grid_of(plain, 4, 128, 128), grid_of(SCHEDULER, 4, 128, 128))
-    with pytest.raises(InputError, match="steps = 0"):
-        grid_of(plain, 0, 128, 128)

@@ -8,7 +8,8 @@ import test_model
 import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file, save_file
-from test_lora import ALPHA, RANK, random_adapter, spelled
+from test_lora import ALPHA, RANK, random_adapter
+from test_lora_files import spelled
 from test_model import difference
 
 import lora

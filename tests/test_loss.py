@@ -1,16 +1,15 @@
 """Objectives against explicit formulas, finite differences and closed-form gradients."""
 import itertools
-import math
 
 import pytest
 import torch
 
-from baselines import denoising_error, draw_sigma, preference, sft
 from loss import WEIGHTS, weight_of
 from plumbing.files import InputError
 from rollout import Point, rollout, sigma_grid, transition
 from train import dopsd
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0
 SHAPE = (2, 3, 4, 5)
 
@@ -165,6 +164,16 @@ def test_unknown_objective():
         loss_at(point_at(0.5, draw(1)), draw(2), "huber")
 
 
+def test_a_new_objective_is_one_entry(monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "late", lambda point: 3 * (1 - point.sigma_next))
+    for sigma, following in ((1.0, 0.9), (0.5, 0.3)):
+        point, v_teacher = point_at(sigma, draw(1), 0.0, following), draw(2)
+        ratio = float(loss_at(point, v_teacher, "late")) / float(loss_at(point, v_teacher, "v"))
+        assert ratio == pytest.approx(3 * (1 - following), rel=1e-5)
+    with pytest.raises(InputError, match="choose one of v, x0, kl, late$"):
+        weight_of("later")
+
+
 @pytest.mark.parametrize("kind", list(WEIGHTS))
 def test_backward_per_step_equals_one_backward(kind):
     def nets() -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -182,72 +191,3 @@ def test_backward_per_step_equals_one_backward(kind):
     torch.stack([loss_at(point, teacher(point.x), kind) for point in points]).mean().backward()
     for ours, parameter in zip(per_step, student.parameters()):
         assert torch.allclose(ours, parameter.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_sigma_draw():
-    generator = torch.Generator().manual_seed(0)
-    sigma = draw_sigma(generator, 3.0, 20000)
-    assert sigma.shape == (20000,) and sigma.dtype == torch.float32
-    assert 0 < float(sigma.min()) and float(sigma.max()) <= 1
-    u = sigma / (3 - 2 * sigma)  # undo the shift: uniform again
-    assert float(u.mean()) == pytest.approx(0.5, abs=0.01) and float(u.var()) == pytest.approx(1 / 12, abs=0.002)
-    assert torch.equal(sigma, draw_sigma(torch.Generator().manual_seed(0), 3.0, 20000))
-    assert float(draw_sigma(generator, 1.0, 20000).mean()) == pytest.approx(0.5, abs=0.01)
-
-
-def test_sft():
-    x0, eps, sigma = draw(10), draw(11), torch.tensor([0.25, 1.0])
-    seen = {}
-
-    def velocity(x, s):
-        seen["x"], seen["sigma"] = x, s
-        return 0.1 * x
-
-    loss = denoising_error(velocity, x0, eps, sigma).mean()
-    assert torch.equal(seen["sigma"], sigma)
-    for b, s in enumerate((0.25, 1.0)):
-        assert torch.allclose(seen["x"][b], (1 - s) * x0[b] + s * eps[b])
-    assert float(loss) == pytest.approx(float(((0.1 * seen["x"] - (eps - x0)) ** 2).mean()), rel=1e-6)
-    assert float(denoising_error(lambda x, s: eps - x0, x0, eps, sigma).mean()) == 0.0
-    assert denoising_error(velocity, x0.bfloat16(), eps.bfloat16(), sigma).dtype == torch.float32
-
-    (loss,) = sft(velocity, eps, torch.tensor([1.0, 0.0]), x0, 3.0, torch.Generator().manual_seed(3))
-    drawn = draw_sigma(torch.Generator().manual_seed(3), 3.0, 2)
-    assert torch.equal(seen["sigma"], drawn) and torch.equal(loss, denoising_error(velocity, x0, eps, drawn).mean())
-
-
-def test_denoising_error_is_of_each_image():
-    x0, eps, sigma = draw(12), draw(13), torch.tensor([0.5, 0.9])
-    errors = denoising_error(lambda x, s: 0.3 * x, x0, eps, sigma)
-    for b, s in enumerate((0.5, 0.9)):
-        v = 0.3 * ((1 - s) * x0[b] + s * eps[b])
-        assert float(errors[b]) == pytest.approx(float(((v - (eps[b] - x0[b])) ** 2).mean()), rel=1e-5)
-    assert errors.shape == (2,)
-
-
-@pytest.mark.parametrize("beta", [0.5, 20.0])
-def test_pso(beta):
-    """Against the definition; its gradient is a sigmoid times the margin's; at equal models it is log 2."""
-    win, lose, eps, sigma = draw(14), draw(15), draw(16), torch.tensor([0.75, 1.0])
-    weight = torch.tensor(0.2, requires_grad=True)
-
-    def student(x, s):
-        return weight * x
-
-    def reference(x, s):
-        return -0.1 * x
-
-    loss, expected, slope = preference(student, reference, win, lose, eps, sigma, beta), 0.0, 0.0
-    for b, s in enumerate((0.75, 1.0)):
-        x = {name: (1 - s) * x0[b] + s * eps[b] for name, x0 in (("win", win), ("lose", lose))}
-        goal = {"win": eps[b] - win[b], "lose": eps[b] - lose[b]}
-        l = {name: ((0.2 * x[name] - goal[name]) ** 2).mean() for name in x}
-        l_ref = {name: ((-0.1 * x[name] - goal[name]) ** 2).mean() for name in x}
-        margin = float((l_ref["win"] - l_ref["lose"]) - (l["win"] - l["lose"]))
-        expected += math.log(1 + math.exp(-beta * margin)) / 2
-        change = {name: 2 * ((0.2 * x[name] - goal[name]) * x[name]).mean() for name in x}      # dl / dweight
-        slope += float(beta * (change["win"] - change["lose"]) / (1 + math.exp(beta * margin))) / 2
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
-    loss.backward()
-    assert float(weight.grad) == pytest.approx(slope, rel=1e-3)
-    assert float(preference(reference, reference, win, lose, eps, sigma, beta)) == pytest.approx(math.log(2), rel=1e-6)

@@ -84,6 +84,7 @@ def assert_same_gradient(x, v, v_theirs, at_least: float) -> None:
     assert gradient.abs().max() > at_least and difference(gradient, gradient_theirs) < 1e-4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_gradient_equal_diffusers(case, theirs, model):
     height, width, lengths, sigma = CASES[case]
@@ -105,6 +106,7 @@ def test_other_configurations(changes, patch):
     assert difference(model.velocity(x, 0.7, context), their_velocity(theirs, x, 0.7, context, patch)) < 1e-4
 
 
+@pytest.mark.quick
 def test_every_parameter_gets_their_gradient(theirs):
     theirs, x_context = reference(), inputs(6, 6, (5, 40))
     model = ours(theirs)
@@ -116,6 +118,7 @@ def test_every_parameter_gets_their_gradient(theirs):
         assert difference(mine[name].grad, parameter.grad) < 1e-4 * max(1, parameter.grad.abs().max()), name
 
 
+@pytest.mark.quick
 def test_mask_only_when_padded_lengths_differ(model, monkeypatch):
     masks = []
     attention = zimage.F.scaled_dot_product_attention
@@ -132,6 +135,7 @@ def test_mask_only_when_padded_lengths_differ(model, monkeypatch):
     assert masks == [None] * 2 + [(2, 1, 1, 64)] * 2 + [(2, 1, 1, 96)] * 2
 
 
+@pytest.mark.quick
 def test_a_sample_does_not_see_its_batch(model):
     x, context = inputs(8, 6, (3, 70, 33))
     sigma = torch.tensor([0.2, 0.9, 0.5])
@@ -140,6 +144,7 @@ def test_a_sample_does_not_see_its_batch(model):
         assert difference(together[i], model.velocity(x[i:i + 1], sigma[i].item(), context[i:i + 1])[0]) < 2e-5
 
 
+@pytest.mark.quick
 def test_checkpointing_keeps_gradients(theirs):
     x, context = inputs()
     gradients = []
@@ -193,6 +198,7 @@ def test_loads_what_diffusers_saves(theirs, tmp_path, shard):
     assert difference(model.velocity(x, 0.5, context), their_velocity(theirs, x, 0.5, context)) < 1e-4
 
 
+@pytest.mark.quick
 def test_bfloat16_inside_float32_outside(folder, model):
     half = zimage.Z_IMAGE.load(folder, "cpu", torch.bfloat16, checkpointing=True)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -202,6 +208,7 @@ def test_bfloat16_inside_float32_outside(folder, model):
     assert (v - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("change, message", [
     (lambda weights: weights.pop("layers.1.attention.to_k.weight"), "to_k.weight is missing"),
     (lambda weights: weights.update(extra=torch.zeros(1)), "unknown tensor extra"),
@@ -221,6 +228,7 @@ def test_missing_shard(theirs, tmp_path):
         zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("key, value", [
     ("n_layers", None), ("axes_lens", None), ("all_patch_size", [2, 4]), ("all_f_patch_size", [2]), ("qk_norm", False),
     ("siglip_feat_dim", 16), ("n_kv_heads", 1), ("axes_dims", [8, 8, 10]), ("axes_dims", [7, 7, 10]),
@@ -255,6 +263,7 @@ def test_position_tables_end_where_diffusers_tables_end():
     assert difference(v, their_velocity(theirs, x, 0.5, context)) < 1e-4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("x, lengths, width, message", [
     (torch.zeros(1, 3, 8, 8), [5], 20, "3 channels"),
     (torch.zeros(1, 4, 8, 7), [5], 20, "8x7"),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, on_each_loss, program
+from conftest import metrics, on_each_loss, program, random_transformer
 from safetensors.torch import load_file
 
 import lora
 import train
-from plumbing import files
+from plumbing import files, run_folder
 from plumbing.backbone import Backbone
 from plumbing.files import InputError
 from plumbing.program import run as run_program
@@ -34,6 +34,51 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert torch.equal(left[key], right[key]), (name, key)
     assert metrics(a) == metrics(b)
 
+
+# ---------------------------------------------------------------------------------------------------- a run's folder
+@pytest.mark.quick
+def test_names_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("")
+    assert run_folder.names_of(["a/star", "b/paint.v1", "rows.jsonl"]) == ["star", "paint.v1", "rows"]
+    assert run_folder.names_of(["a/star", "other", "b/star"]) == ["star-1", "other", "star-3"]
+    cfg = train.Options(data=["a/star", "b/paint"])
+    assert run_folder.out_folder(cfg) == Path("out/star+paint")
+    cfg.out = "here"
+    assert run_folder.out_folder(cfg) == Path("here")
+
+
+@pytest.mark.quick
+def test_a_saved_run_is_loaded_with_its_optimizer(tmp_path):
+    """Ten steps at once equal four, a new object from the file, and six more; without Adam's moments they do not."""
+    cfg = train.Options(data=["a"], lr=1e-2)
+
+    def begin() -> run_folder.Run:
+        return run_folder.Run(cfg, tmp_path, lora.Tuned(random_transformer(), 2, 2, seed=0), with_teacher=True)
+
+    def walk(run: run_folder.Run, steps: int) -> list[torch.Tensor]:
+        for _ in range(steps):
+            run.step += 1
+            for i, tensor in enumerate(run.tuned.parameters().values()):
+                tensor.grad = torch.full_like(tensor, (run.step * (i + 1)) % 7 - 2.9)
+            run.optimizer.step()
+            run.tuned.ema_(0.5)
+        return [tensor.detach().clone() for tensor in run.tuned.state().values()]
+
+    whole, part, forgetful = walk(begin(), 10), begin(), begin()
+    walk(part, 4)
+    part.save()
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    again = begin()
+    again.load()
+    assert again.step == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole, walk(again, 6), strict=True))
+    forgetful.load()
+    forgetful.optimizer.state.clear()
+    assert not all(torch.equal(a, b) for a, b in zip(whole, walk(forgetful, 6), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- killed
 
 def saved_step(out: Path) -> int:
     with files.open_safetensors(out / STATE) as file:
@@ -101,6 +146,7 @@ def test_seed_changes_everything(run):
     assert not torch.equal(left["student.layers.0.attention.to_q.A"], right["student.layers.0.attention.to_q.A"])
 
 
+@pytest.mark.quick
 def test_damaged_state_is_one_line(run, tmp_path):
     out = run("damaged", "--steps", 1)
     content = (out / STATE).read_bytes()
@@ -136,6 +182,7 @@ def press_ctrl_c(monkeypatch, times: int, call: int) -> None:
     on_each_loss(monkeypatch, pressed)
 
 
+@pytest.mark.quick
 def test_ctrl_c_finishes_the_step(run, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -146,6 +193,7 @@ def test_ctrl_c_finishes_the_step(run, monkeypatch, capsys):
     assert_same_run(out, run("whole", "--steps", 2))
 
 
+@pytest.mark.quick
 def test_second_ctrl_c_stops_at_once(run, monkeypatch):
     press_ctrl_c(monkeypatch, times=2, call=3)
     with pytest.raises(KeyboardInterrupt):

@@ -1,16 +1,21 @@
-"""Sigma grid, Euler step and rollout against diffusers, closed forms and hand-written loops."""
+"""Sigma grids of both backbones, Euler step and rollout against diffusers, closed forms and hand-written loops."""
 import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from test_flux2 import SCHEDULER as KLEIN
 
-from plumbing.files import InputError
-from baselines import off_policy
 from model import scheduler_shift
+from networks import flux2
+from plumbing.files import InputError
 from rollout import Point, euler, rollout, sample, sigma_grid
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0  # Turbo's
 TURBO = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
          "use_dynamic_shifting": False}
@@ -18,8 +23,7 @@ TURBO = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps"
 
 def pipeline_scheduler(shift: float, steps: int):
     """diffusers' scheduler after ZImagePipeline has set its timesteps."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas, retrieve_timesteps
+    from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift, use_dynamic_shifting=False)
     retrieve_timesteps(scheduler, steps, "cpu", sigmas=get_default_z_image_sigmas(steps), mu=0.7)
     return scheduler
@@ -64,6 +68,42 @@ def test_wrong_configs_are_refused():
         scheduler_shift(TURBO | {"shift_terminal": 0.1})
     with pytest.raises(InputError, match="DDIMScheduler"):
         scheduler_shift(TURBO | {"_class_name": "DDIMScheduler"})
+
+
+def grid_of(config: dict, steps: int, height: int, width: int) -> torch.Tensor:
+    """Noise levels for latents of this size."""
+    return sigma_grid(flux2.time_shift(config, steps, height, width), steps)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (512, 768), (1024, 1024), (1344, 576), (1040, 1056),
+                                           (1056, 1056), (2048, 2048)])  # 4290 and 4356 tokens: either side of 4300
+def test_grid_of_klein_is_the_pipelines(height, width):
+    for steps in range(1, 51):
+        scheduler, tokens = FlowMatchEulerDiscreteScheduler.from_config(KLEIN), (height // 16) * (width // 16)
+        u = np.linspace(1.0, 1 / steps, steps)
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=u, mu=compute_empirical_mu(tokens, steps))
+        sigmas = grid_of(KLEIN, steps, height // 8, width // 8)
+        assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32
+        assert (sigmas - scheduler.sigmas).abs().max() < 1e-6
+        assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+
+
+def test_grid_of_klein_has_four_steps_at_1024_pixels():
+    grid = grid_of(KLEIN, 4, 128, 128)
+    assert (grid - torch.tensor([1, .967, .908, .767, 0])).abs().max() < 1e-3  # not 1, .952, .832, .0098
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(_class_name="EulerDiscreteScheduler"), "EulerDiscreteScheduler"), (dict(use_dynamic_shifting=False), "False"),
+    (dict(time_shift_type="linear"), "linear"), (dict(shift_terminal=0.1), "0.1"), (dict(use_beta_sigmas=True), "True"),
+])
+def test_other_schedulers_of_klein_are_refused(change, message):
+    with pytest.raises(InputError, match=f"{next(iter(change))} = {message}"):
+        grid_of(KLEIN | change, 4, 128, 128)
+    plain = {"_class_name": KLEIN["_class_name"], "use_dynamic_shifting": True}
+    assert torch.equal(grid_of(plain, 4, 128, 128), grid_of(KLEIN, 4, 128, 128))
+    with pytest.raises(InputError, match="steps = 0"):
+        grid_of(plain, 0, 128, 128)
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -207,26 +247,6 @@ def test_generator_keeps_no_reference():
     finally:
         gc.enable()
     assert seen == [True] * 4
-
-
-def test_off_policy_walks_along_the_teachers_velocity():
-    """The next state is x + (sigma' - sigma) v for the teacher's v, and the gradient stays at the student."""
-    net, noise, grid = student(), torch.randn(1, 3, 4, 4), sigma_grid(SHIFT, 3)
-    visited, levels = [], torch.tensor(1.0, requires_grad=True)
-
-    def velocity(x, sigma):
-        visited.append(x)
-        assert not x.requires_grad
-        return net(x)
-
-    for loss in off_policy(velocity, noise, grid, lambda x, sigma: levels * torch.full_like(x, sigma),
-                           lambda point: 1.0, None, 0.0, torch.Generator()):
-        loss.backward()
-    x = noise
-    for state, sigma, sigma_next in zip(visited, grid.tolist(), grid.tolist()[1:]):
-        assert torch.allclose(state, x)
-        x = x + (sigma_next - sigma) * sigma
-    assert len(visited) == 3 and levels.grad is None and all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.parametrize("learned", [{0}, {1, 3}, {0, 1, 2, 3}, set()])

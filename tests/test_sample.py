@@ -78,6 +78,7 @@ def test_equals_the_pipeline_with_lora(pipeline, ours, adapter_file, size):
     assert difference(base, theirs(pipeline, "a red star", 5, 4, size)) <= 2
 
 
+@pytest.mark.quick
 def test_defaults_come_from_the_recipe(ours, checkpoint, tmp_path):
     sample.main(["--prompt", "a red star", "--model", str(checkpoint), "--out", str(tmp_path / "default.png")])
     picture = Image.open(tmp_path / "default.png")
@@ -137,6 +138,7 @@ def test_compare(ours, adapter_file, size, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- teacher's view
+@pytest.mark.quick
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_reference_draws_from_the_image_text_context(ours, checkpoint, photos, adapter_file, with_lora):
     flags = ("--lora", adapter_file) if with_lora else ()

@@ -32,6 +32,7 @@ def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, module, arguments,
     assert stopped.value.code == 2 and says in error and "\n" not in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 def test_a_folder_that_has_both_kinds_of_rows(tmp_path):
     for name in ("1.png", "1_before.png", "2.png"):
         shutil.copy(EXAMPLES / "paint" / name, tmp_path)

@@ -7,6 +7,7 @@ import torch
 from plumbing.files import InputError
 from rollout import euler, rollout, sample, sigma_grid, transition
 
+pytestmark = pytest.mark.quick
 SHIFT = 3.0
 STEPS = [(1.0, 0.9), (1.0, 0.97), (0.9, 0.75), (0.5, 0.0), (0.3, 0.3)]
 

@@ -60,6 +60,7 @@ def loss_of(parts, task, rng, K: int, kind: str, a: float) -> torch.Tensor:
     return sum(terms) / K
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind, a", [("v", 0.0), ("kl", 0.0), ("kl", 0.7), ("v", 0.3)])
 def test_a_round_is_the_mean_over_tasks(prepare, photos, captions, teachers, kind, a):
     parts = prepare(*two(photos, captions, teachers), "--loss", kind, "--noise", a, "--rollout-steps", 3)

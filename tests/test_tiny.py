@@ -107,6 +107,7 @@ def test_the_model_before_distillation_is_the_same_network():
     assert transformer.Z_IMAGE.load(BASE, "cpu", torch.float32)
 
 
+@pytest.mark.quick
 def test_what_is_used_does_not_need_how_it_was_made():
     """No file in tiny/*.py imports from tiny/making, wherever the import stands."""
     files = sorted((ROOT / "tiny").glob("*.py"))
@@ -183,6 +184,7 @@ def test_the_autoencoder_keeps_every_attribute(vae, render, reader):
     assert float((reading.rows == rows).float().mean()) > .98 and reading.distance.mean() < .06
 
 
+@pytest.mark.quick
 def test_the_shipped_model_draws_what_it_is_asked_for(net, vae, features, reader):
     """A smoke bar, no measurement: 24 prompts have a standard error of about 4 points. tiny.evaluate measures."""
     g = seeded(6)

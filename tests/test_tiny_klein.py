@@ -96,6 +96,7 @@ def test_no_prompt_is_cut(features):
 
 
 # ------------------------------------------------------------------------------------------------------- edits
+@pytest.mark.quick
 @pytest.mark.parametrize("held_out", ["", "object"])
 def test_edits_change_what_they_say_and_nothing_else(held_out):
     edits = Edits(600, tuple(CHANGES), generator(4, 0), held_out)
@@ -111,6 +112,7 @@ def test_edits_change_what_they_say_and_nothing_else(held_out):
         assert not held_out_object(edits.shown).any()
 
 
+@pytest.mark.quick
 def test_instructions():
     row = scene(shape="star", size="big", place="on the left", pattern="striped", main="orange", second="blue",
                 backdrop="mint")
@@ -235,6 +237,7 @@ def test_muon_takes_fused_linears_apart():
     assert shapes == {(128, 128), (384, 128), (128, 384)}                       # nothing wider than a feed-forward
 
 
+@pytest.mark.quick
 def test_reading_of_edits_counts_marks_only_in_the_right_texture():
     rows = scene(texture="ruled")[None]
     wrong = Reading(scene(texture="spotted")[None], torch.ones(1, 8, 8), torch.zeros(1), torch.ones(1))

@@ -20,6 +20,7 @@ from tiny.making.tokenizer import build_tokenizer
 from tiny.models import Z_IMAGE_SCHEDULER, guided
 from tiny.world import ATTRIBUTES, COLUMN, caption, draw_scenes, generator, other_view, scene, to_pil, words
 
+pytestmark = pytest.mark.quick
 CONCEPT = ["<V1>", "<V2>", "<V3>", "<V4>"]
 
 

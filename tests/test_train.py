@@ -1,5 +1,6 @@
 """train.py: each number of a run against an independent computation, and what a run leaves behind."""
 import gc
+import inspect
 import itertools
 import json
 import shutil
@@ -10,23 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, SCHEDULER, fill_b, largest_difference, learn, metrics, on_each_loss, write_pictures
+from conftest import SCHEDULER, fill_b, largest_difference, learn, metrics, random_transformer, write_pictures
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model import their_velocity
-from test_sample import difference, pixels, tiles
+from test_sample import pixels
 
 import data
+import lora
 import model as zimage
 import sample
 import train
 from networks import vae
-from plumbing import encoder_files, lora_files, pictures, recipes
-from baselines import draw_sigma
+from plumbing import encoder_files, lora_files, recipes
 from plumbing.backbone import Backbone
+from plumbing.options import parse
 from rollout import sigma_grid
 
 STATE = "state.safetensors"
@@ -65,6 +66,7 @@ def test_first_loss_is_equation_7(run, prepare, kind, accumulate, steps):
     assert losses[0].item() > 1e-3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("checkpointing", ["--no-checkpointing", "--checkpointing"])
 @pytest.mark.parametrize("kind", ["v", "x0"])
 def test_gradient_is_that_of_one_graph_through_all_states(prepare, kind, checkpointing):
@@ -115,93 +117,6 @@ def test_gradient_is_that_of_diffusers_and_peft(prepare, checkpoint):
         assert torch.allclose(B.grad, layer.lora_B["student"].weight.grad, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_first_loss_and_gradient_of_sft(run, prepare, accumulate):
-    flags = ("--method", "sft", "--steps", 1, "--seed", 9, "--accumulate", accumulate)
-    parts, losses = prepare(*flags), []
-    for number in range(accumulate):
-        batch, rng = parts.dataset.batch(number), data.generator(9, "noise", number)
-        eps = torch.randn(batch.latents.shape, generator=rng)
-        u = 1 - torch.rand(len(eps), generator=rng)
-        sigma = 3 * u / (1 + 2 * u)                                                 # the scheduler's shift is 3
-        s = sigma.view(-1, 1, 1, 1)
-        x = (1 - s) * batch.latents + s * eps
-        v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
-        losses.append(((v - (eps - batch.latents)) ** 2).mean())
-    mean = sum(losses) / accumulate
-    line, = metrics(run("real", *flags))
-    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
-    gradient = torch.autograd.grad(mean, parts.run.tuned.theta.parameters())
-    assert line["gradient_norm"] == pytest.approx(norm_of(gradient), rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------- the other methods
-@pytest.fixture
-def filled(prepare):
-    """filled(flags, ...) -> parts with a student and a teacher that are not the base, the first batch, its noise."""
-    def start(*flags) -> SimpleNamespace:
-        parts = prepare(*flags)
-        fill_b(parts.run.tuned.theta, seed=1), fill_b(parts.run.tuned.theta_bar, seed=2)
-        parts.batch, parts.sigmas = parts.dataset.batch(0), sigma_grid(SCHEDULER["shift"], 2)
-        return parts
-    return start
-
-
-def agrees(value: float, parts, expected: torch.Tensor) -> None:
-    """A step returned the loss and left the gradient of `expected`."""
-    assert value == pytest.approx(expected.item(), rel=1e-4)
-    gradients = torch.autograd.grad(expected, parts.run.tuned.theta.parameters())
-    for tensor, gradient in zip(parts.run.tuned.theta.parameters(), gradients):
-        assert torch.allclose(tensor.grad, gradient, rtol=1e-3, atol=1e-6) and gradient.abs().max() > 1e-4
-
-
-def test_off_policy_compares_at_the_teachers_states(filled):
-    parts = filled("--method", "off-policy")
-    value = learn(parts)
-    x, terms = noise_of(parts.batch, 0, 0), []
-    student, teacher = (with_adapter(parts.model, side) for side in (parts.run.tuned.theta, parts.run.tuned.theta_bar))
-    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        goal = teacher(x, sigma, parts.batch.teacher_context).detach()
-        terms.append(((student(x, sigma, parts.batch.student_context) - goal) ** 2).mean())
-        x = x + (following - sigma) * goal                                          # D-OPSD goes on with the student's
-    agrees(value, parts, sum(terms) / 2)
-
-
-def test_sft_teacher_learns_from_the_teachers_pictures(filled):
-    parts = filled("--method", "sft-teacher")
-    value = learn(parts)
-    rng, x = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
-    torch.randn(x.shape, generator=rng)
-    for sigma, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        v = parts.model.velocity(x, sigma, parts.batch.teacher_context, parts.run.tuned.theta_bar)
-        x = (x + (following - sigma) * v).detach()
-    eps = torch.randn(x.shape, generator=rng)
-    sigma = draw_sigma(rng, 3.0, len(x))
-    s = sigma.view(-1, 1, 1, 1)
-    v = parts.model.velocity((1 - s) * x + s * eps, sigma, parts.batch.student_context, parts.run.tuned.theta)
-    agrees(value, parts, ((v - (eps - x)) ** 2).mean())
-
-
-def test_pso_prefers_the_target_to_an_own_sample(filled):
-    parts = filled("--method", "pso", "--beta", 3)
-    value = learn(parts)
-    rng, own = data.generator(0, "noise", 0), noise_of(parts.batch, 0, 0)
-    torch.randn(own.shape, generator=rng)
-    k = torch.randint(2, (len(own),), generator=rng)
-    eps, sigma = torch.randn(own.shape, generator=rng), parts.sigmas[k]
-    for at, following in zip(parts.sigmas.tolist(), parts.sigmas.tolist()[1:]):
-        v = parts.model.velocity(own, at, parts.batch.student_context, parts.run.tuned.theta)
-        own = own + (following - at) * v
-        own = own.detach()
-    s, errors = sigma.view(-1, 1, 1, 1), {}
-    for name, x0 in (("win", parts.batch.latents), ("lose", own)):
-        for adapter in (None, parts.run.tuned.theta):
-            v = parts.model.velocity((1 - s) * x0 + s * eps, sigma, parts.batch.student_context, adapter)
-            errors[name, adapter is None] = ((v - (eps - x0)) ** 2).flatten(1).mean(1)
-    margin = (errors["win", True] - errors["lose", True]) - (errors["win", False] - errors["lose", False])
-    agrees(value, parts, torch.log(1 + torch.exp(-3 * margin)).mean())
-
-
 @pytest.mark.parametrize("grad_states", [1, 2, 3])
 def test_learned_states_are_unbiased(filled, grad_states):
     """A loss is the mean over a subset of the states; over all subsets these average to Eq. 7, and all are drawn."""
@@ -234,6 +149,24 @@ def test_teachers(run, prepare, teacher, equal):
     assert [name for name, is_same in same.items() if is_same] == ([equal] if equal else [])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("method", list(train.METHODS))
+def test_needs_are_the_parameters_and_bind_gives_them(method):
+    needs, parameters = train.METHODS[method].needs, list(inspect.signature(train.METHODS[method].losses).parameters)
+    assert parameters[0] == "student" and len(parameters) == len(set(parameters)) == 3 + len(needs)
+    assert set(parameters) == {"student", "x", "sigmas", *needs}
+    cfg = recipes.fill(parse(train.Options, ["--data", "photos", "--method", method], ""), recipes.SMALL)
+    context = zimage.Context(torch.zeros(2, 128))
+    batch = data.Batch(torch.ones(1, 8, 4, 4), [context], [context], ["a star"], [0])
+    task = train.Task("photos", SimpleNamespace(batch=lambda number: batch), None)
+    given = train.bind(cfg, lora.Tuned(random_transformer(), 1, 1, 0), task, 0, lambda *_: 3.0)
+    assert set(parameters) <= given.keys()
+    losses = list(train.METHODS[method](**given))
+    assert len(losses) == (cfg.rollout_steps if "states" in needs else 1)
+    assert all(loss.shape == () and loss.requires_grad for loss in losses)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("method", list(train.METHODS))
 def test_every_method_trains_and_resumes(run, method):
     whole = run("whole", "--method", method, "--steps", 3)
@@ -248,6 +181,7 @@ def norm_of(gradients) -> float:
     return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_first_update_is_clipped_adam_on_the_mean(run, prepare, accumulate):
     flags = ("--accumulate", accumulate, "--alpha", 60)                              # so large that it is clipped
@@ -303,6 +237,7 @@ def test_checkpointing_changes_no_number(run):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+@pytest.mark.quick
 def test_what_a_run_leaves_behind(run, capsys, checkpoint):
     out = run("name", "--steps", 3, "--sample-every", 2, "--seed", 8)
     assert {path.name for path in out.iterdir()} == {*FILES, "config.json", "metrics.jsonl", "samples"}
@@ -343,55 +278,6 @@ def test_out_defaults_to_the_name_of_the_data(base, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "photos" / STATE).is_file()
 
 
-# ---------------------------------------------------------------------------------------------------- panels
-def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
-    present = []
-    panel = tmp_path / "real" / "samples" / "step_000000.png"
-    on_each_loss(monkeypatch, lambda loss: present.append(panel.is_file()) or loss)
-    run("real", "--steps", 1, "--sample-every", 1)
-    assert present == [True, True]
-
-
-def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
-    out = run("real", "--steps", 4, "--sample-every", 4, "--seed", 6, "--panel-prompt", "a [V] on mint")
-    first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 4, 4, (32, 32)) for n in (0, 4))
-    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", recipes.SMALL.unrelated]
-
-    def cell(*flags) -> np.ndarray:
-        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png"]
-        sample.main([str(word) for word in (*words, *flags)])
-        picture = Image.open(tmp_path / "cell.png").resize((160, 160), Image.Resampling.NEAREST)
-        return np.asarray(picture).astype(int)
-
-    for i, prompt in enumerate(prompts):
-        target, base, student, teacher = last[i]
-        assert difference(first[i][1], base) == 0 and difference(first[i][2], base) == 0       # B = 0 at the start
-        assert difference(cell("--prompt", prompt), base) <= 1                 # encoded alone here, together there
-        assert difference(cell("--prompt", prompt, "--lora", out / "student.safetensors"), student) <= 2
-        shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
-        assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
-        if i < 2:
-            crop = pictures.crop(pictures.open_image(photos / f"{i}.png"), (32, 32))
-            enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
-            assert difference(target, np.asarray(enlarged).astype(int)) == 0
-    assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
-
-
-def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
-    """Two data sets with the same captions and one cache: neither may show the other's teacher, now or later."""
-    other = write_pictures(tmp_path / "other", [(40, 40)] * 5)
-    for i in (0, 1, 2):
-        (other / f"{i}.png").write_bytes((other / f"{4 - i}.png").read_bytes())
-    for i in (3, 4):
-        (other / f"{i}.png").unlink()
-        (other / f"{i}.txt").unlink()
-    flags = ("--steps", 1, "--sample-every", 1, "--cache", tmp_path / "shared")
-    runs = [run(f"run{i}", *flags, *(("--data", other) if i % 2 else ())) for i in range(4)]
-    first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
-    assert difference(first, second) > 10
-    assert difference(first, third) == 0 and difference(second, fourth) == 0
-
-
 def test_buckets_of_several_shapes(run, tmp_path, capsys):
     mixed = write_pictures(tmp_path / "mixed", [(40, 40), (80, 40), (40, 40), (40, 80), (80, 40)])
     out = run("mixed_run", "--data", mixed, "--steps", 5, "--sample-every", 5)
@@ -401,6 +287,60 @@ def test_buckets_of_several_shapes(run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- memory
+class Ledger:
+    """How many bytes autograd holds for the backward pass, now and at most; weights, which it only refers to, aside."""
+
+    def __init__(self, weights):
+        self.held, self.peak, self.before, self.weights = 0, 0, [], {weight.data_ptr() for weight in weights}
+        ledger = self
+
+        class Entry:
+            def __init__(self, tensor):
+                self.tensor, self.size = tensor, 0 if tensor.data_ptr() in ledger.weights else tensor.nbytes
+                ledger.held += self.size
+                ledger.peak = max(ledger.peak, ledger.held)
+
+            def __del__(self):
+                ledger.held -= self.size
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(Entry, lambda entry: entry.tensor)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("method", ["dopsd", "off-policy"])
+def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
+    """On a transformer with a LoRA: K = 4 states hold as much as one; four graphs, four times."""
+    model = random_transformer().requires_grad_(False)
+    tuned = lora.Tuned(model, rank=2, alpha=2, seed=0)
+    fill_b(tuned.theta, seed=1), fill_b(tuned.theta_bar, seed=2)
+    draw = torch.Generator().manual_seed(3)
+    context, x = [zimage.Context(torch.randn(8, 128, generator=draw))], torch.randn(1, 8, 8, 8, generator=draw)
+
+    def peak(K: int) -> int:
+        ledger, student = Ledger([*model.parameters(), *tuned.theta.parameters()]), tuned.student(context)
+
+        def velocity(x, sigma):
+            ledger.before.append(ledger.held)
+            return student(x, sigma)
+
+        given = dict(student=velocity, teacher=tuned.teacher(context), x=x, sigmas=sigma_grid(SCHEDULER["shift"], K),
+                     weight=lambda point: 1.0, states=None, noise=0.0, rng=torch.Generator())
+        with ledger.hooks:
+            if at_once:
+                sum(train.METHODS[method](**given)).backward()
+            else:
+                monkeypatch.setattr(train, "bind", lambda *_: given)
+                cfg, run = SimpleNamespace(accumulate=1, method=method), SimpleNamespace(step=0, tuned=tuned)
+                train.gradient_of_step(cfg, run, [SimpleNamespace(name="a")], None)
+        assert ledger.held == 0 and len(ledger.before) == K
+        assert any(ledger.before) == (at_once and K > 1)                    # before a forward pass nothing is held
+        return ledger.peak
+
+    ratio = peak(4) / peak(1)
+    assert 3.8 < ratio < 4.2 if at_once else 0.95 < ratio < 1.05
+
+
 def test_models_are_freed_before_the_transformer_comes(run, tmp_path, monkeypatch):
     alive = []
 

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2KleinPipeline
 from networks import vae
 from plumbing.files import InputError, read_tensors, write_tensors
 
+pytestmark = pytest.mark.quick
 CONFIGS = {
     "like Z-Image: no quant convs, attention, shift": dict(
         use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),

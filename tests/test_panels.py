@@ -1,0 +1,85 @@
+"""The panels of a training run: when they are drawn, and that each cell is what sample.py draws."""
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, fill_b, on_each_loss, write_pictures
+from PIL import Image
+from test_sample import difference, pixels, tiles
+
+import lora
+import model as zimage
+import sample
+from plumbing import pictures, recipes
+from plumbing.panels import PanelRow, Panels
+
+
+@pytest.mark.quick
+def test_first_panel_is_drawn_before_step_1(run, tmp_path, monkeypatch):
+    present = []
+    panel = tmp_path / "real" / "samples" / "step_000000.png"
+    on_each_loss(monkeypatch, lambda loss: present.append(panel.is_file()) or loss)
+    run("real", "--steps", 1, "--sample-every", 1)
+    assert present == [True, True]
+
+
+def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
+    out = run("real", "--steps", 4, "--sample-every", 4, "--seed", 6, "--panel-prompt", "a [V] on mint")
+    first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 4, 4, (32, 32)) for n in (0, 4))
+    prompts = [CAPTIONS[0], CAPTIONS[1], "a [V] on mint", recipes.SMALL.unrelated]
+
+    def cell(*flags) -> np.ndarray:
+        words = ["--model", checkpoint, "--height", 32, "--width", 32, "--seed", 6, "--out", tmp_path / "cell.png"]
+        sample.main([str(word) for word in (*words, *flags)])
+        picture = Image.open(tmp_path / "cell.png").resize((160, 160), Image.Resampling.NEAREST)
+        return np.asarray(picture).astype(int)
+
+    for i, prompt in enumerate(prompts):
+        target, base, student, teacher = last[i]
+        assert difference(first[i][1], base) == 0 and difference(first[i][2], base) == 0       # B = 0 at the start
+        assert difference(cell("--prompt", prompt), base) <= 1                 # encoded alone here, together there
+        assert difference(cell("--prompt", prompt, "--lora", out / "student.safetensors"), student) <= 2
+        shown = ("--reference", photos / ("1.png" if i == 1 else "0.png")) if i < 3 else ()    # none for the unrelated
+        assert difference(cell("--prompt", prompt, "--lora", out / "teacher.safetensors", *shown), teacher) <= 2
+        if i < 2:
+            crop = pictures.crop(pictures.open_image(photos / f"{i}.png"), (32, 32))
+            enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
+            assert difference(target, np.asarray(enlarged).astype(int)) == 0
+    assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
+
+
+def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
+    """Two data sets with the same captions and one cache: neither may show the other's teacher, now or later."""
+    other = write_pictures(tmp_path / "other", [(40, 40)] * 5)
+    for i in (0, 1, 2):
+        (other / f"{i}.png").write_bytes((other / f"{4 - i}.png").read_bytes())
+    for i in (3, 4):
+        (other / f"{i}.png").unlink()
+        (other / f"{i}.txt").unlink()
+    flags = ("--steps", 1, "--sample-every", 1, "--cache", tmp_path / "shared")
+    runs = [run(f"run{i}", *flags, *(("--data", other) if i % 2 else ())) for i in range(4)]
+    first, second, third, fourth = (pixels(out / "samples" / "step_000001.png") for out in runs)
+    assert difference(first, second) > 10
+    assert difference(first, third) == 0 and difference(second, fourth) == 0
+
+
+@pytest.mark.quick
+def test_a_panel_by_itself(checkpoint, tmp_path, monkeypatch):
+    """One column for everything that is there, the base drawn once; another student changes its own column only."""
+    net = zimage.Z_IMAGE.load(checkpoint, "cpu", torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    student, teacher = (zimage.Context(torch.randn(9, 128, generator=draw)) for _ in range(2))
+    target = Image.new("RGB", (32, 32), "red")
+    rows = [PanelRow("one", target, student, teacher), PanelRow("two", None, student, teacher)]
+    panels, drawn = Panels(checkpoint, net, lambda *_: 3.0, 2, 5, (32, 32), rows), []
+    monkeypatch.setattr("plumbing.panels.draw", lambda *given: drawn.append(given[-1]) or sample.draw(*given))
+    first, second = (fill_b(lora.create(net, 2, 2, 0), seed) for seed in (1, 2))
+    panels.draw(tmp_path / "1.png", "a note", first, first, {"another": second})
+    panels.draw(tmp_path / "2.png", "a note", second, None)
+    assert drawn == [None, first, first, second, second]
+    text = Image.open(tmp_path / "1.png").text
+    assert {"prompt": "one\ntwo", "seed": "5", "steps": "2", "lora": "a note"}.items() <= text.items()
+    (wide, narrow) = (tiles(pixels(tmp_path / f"{i}.png"), columns, 2, (32, 32)) for i, columns in ((1, 5), (2, 3)))
+    assert (wide[0][0] == [255, 0, 0]).all() and (wide[1][0] == 255).all()
+    for row, again in zip(wide, narrow, strict=True):
+        assert difference(row[1], again[1]) == 0 and difference(row[4], again[2]) == 0
+        assert min(difference(row[1], row[2]), difference(row[2], row[3]), difference(row[2], row[4])) > 2
