@@ -6,6 +6,7 @@ are all random, so that modulation, norms and pad tokens matter. Everything a te
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import signal
 import sys
@@ -68,6 +69,10 @@ def write_transformer(folder: Path, seed: int = 0, **changes) -> None:
     model = random_transformer(seed, **changes)
     files.write_json(folder / "transformer" / "config.json", TRANSFORMER | changes)
     files.write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", model.state_dict())
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # pytest -n 2: two processes with one thread each, not with two
 
 
 @pytest.fixture(scope="session", autouse=True)

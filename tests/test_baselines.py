@@ -74,9 +74,9 @@ def test_pso(beta):
     for b, s in enumerate((0.75, 1.0)):
         x = {name: (1 - s) * x0[b] + s * eps[b] for name, x0 in (("win", win), ("lose", lose))}
         goal = {"win": eps[b] - win[b], "lose": eps[b] - lose[b]}
-        l = {name: ((0.2 * x[name] - goal[name]) ** 2).mean() for name in x}
-        l_ref = {name: ((-0.1 * x[name] - goal[name]) ** 2).mean() for name in x}
-        margin = float((l_ref["win"] - l_ref["lose"]) - (l["win"] - l["lose"]))
+        error = {name: ((0.2 * x[name] - goal[name]) ** 2).mean() for name in x}
+        error_base = {name: ((-0.1 * x[name] - goal[name]) ** 2).mean() for name in x}
+        margin = float((error_base["win"] - error_base["lose"]) - (error["win"] - error["lose"]))
         expected += math.log(1 + math.exp(-beta * margin)) / 2
         change = {name: 2 * ((0.2 * x[name] - goal[name]) * x[name]).mean() for name in x}      # dl / dweight
         slope += float(beta * (change["win"] - change["lose"]) / (1 + math.exp(beta * margin))) / 2

@@ -71,6 +71,7 @@ class Fake:
             raise
 
 
+@pytest.mark.quick
 def test_processes_share_jobs_and_stop_together(tmp_path):
     jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
     messages = processes.work(jobs, 2, partial(Fake, tmp_path))

@@ -35,12 +35,21 @@ def test_files_and_lines_are_short():
     assert len(lines(ROOT / "train.py")) <= 280
 
 
+def test_functions_fit_on_a_screen():
+    functions = [(path.name, node.name, node.end_lineno - node.lineno + 1) for path in sources(*RUN, *REST)
+                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 500 and [function for function in functions if function[2] > 60] == []
+
+
 @pytest.mark.parametrize("folders, most", [((), 2300), (RUN, 4600)])
 def test_the_whole_is_small(folders, most):
     assert sum(len(lines(path)) for path in sources(*folders)) <= most
 
 
-@pytest.mark.skipif(not (ROOT / "experiments" / "as_module.py").is_file(), reason="its scripts still start by path")
+def test_the_experiments_are_small():
+    assert sum(len(lines(path)) for path in (ROOT / "experiments").glob("*.py")) <= 1500
+
+
 def test_nothing_changes_the_import_path():
     assert not [path for path in sources(*RUN, *REST, "examples", "tests")
                 if path.name not in ("as_module.py", "test_layout.py") and "sys.path" in "".join(lines(path))]

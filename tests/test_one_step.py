@@ -9,6 +9,7 @@ from plumbing.files import InputError
 from rollout import sigma_grid
 
 
+@pytest.mark.quick
 def test_estimates_are_those_of_the_definition():
     """A straight flow: the student knows x0, the teacher another one, so each estimate is known in closed form."""
     x0, other, eps = torch.randn(3, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -22,6 +23,7 @@ def test_estimates_are_those_of_the_definition():
         assert loss == pytest.approx(float(((x0 - other) / sigma).square().mean()), rel=1e-4)
 
 
+@pytest.mark.quick
 def test_equal_pictures_are_white_and_others_are_not():
     red, dark = Image.new("RGB", (2, 2), (200, 0, 0)), Image.new("RGB", (2, 2), (180, 0, 0))
     assert one_step.difference(red, red).getcolors() == [(4, (255, 255, 255))]

@@ -29,6 +29,7 @@ def test_diversity_on_renderings(reader):
     assert not hidden[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()          # no object reaches into a corner
 
 
+@pytest.mark.quick
 def test_the_measures_tell_true_renderings_from_damaged_ones(reader):
     found = validation.validate(reader, seed=1, scenes=3, group=3)
     true = found.pop("true renderings")

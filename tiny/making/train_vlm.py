@@ -110,7 +110,7 @@ def unit(features: Tensor) -> Tensor:
     return F.rms_norm(features, features.shape[-1:])
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tiny/vlm"), help="folder of the state and the log")
     parser.add_argument("--model", type=Path, default=Z_IMAGE_FOLDER, help="checkpoint folder to write into")
@@ -119,8 +119,26 @@ def main() -> None:
                         help="training steps of the vision tower alone, with 4 times the batch")
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0, help="random seed of weights, scenes and pictures")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+@torch.no_grad()
+def check(stage: Stage, losses, render: Renderer, step: int) -> None:
+    """Print how well the averaged weights know concepts that they were never shown."""
+    live = {n: p.detach().clone() for n, p in stage.names.items()}
+    for name, parameter in stage.names.items():
+        parameter.copy_(stage.average[name])
+    for kind in SLOTS:
+        rows = draw_concepts(256, generator(7, 0), kind, held_out=kind)
+        views = other_view(rows, kind, generator(7, 1))
+        _, numbers = losses(kind, rows, views, render.draw(views, generator(7, 2)))
+        print(f"\nstep {step}, held-out {kind}:", json.dumps({k: round(v, 3) for k, v in numbers.items()}))
+    for name, parameter in stage.names.items():
+        parameter.copy_(live[name])
+
+
+def main() -> None:
+    options = read_options()
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer))
@@ -173,17 +191,7 @@ def main() -> None:
         return losses(kind, rows, views, render.draw(views, g))
 
     for step in stage.run(loss_of):
-        live = {n: p.detach().clone() for n, p in stage.names.items()}
-        with torch.no_grad():
-            for name, parameter in stage.names.items():
-                parameter.copy_(stage.average[name])
-            for kind in SLOTS:
-                rows = draw_concepts(256, generator(7, 0), kind, held_out=kind)
-                views = other_view(rows, kind, generator(7, 1))
-                _, numbers = losses(kind, rows, views, render.draw(views, generator(7, 2)))
-                print(f"\nstep {step}, held-out {kind}:", json.dumps({k: round(v, 3) for k, v in numbers.items()}))
-            for name, parameter in stage.names.items():
-                parameter.copy_(live[name])
+        check(stage, losses, render, step)
     for name, parameter in stage.names.items():           # not in the loop: a finished run, started again, skips it
         parameter.data.copy_(stage.average[name])
     if stage.rank == 0:
