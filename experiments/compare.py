@@ -29,6 +29,9 @@ class Paired:
     p: float
     p_concepts: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] p {self.p:.4f} ({self.p_concepts:.4f})"
+
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1; 0 for a single value)."""
@@ -38,13 +41,12 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def sign_flip(differences: Sequence[float], exact: int = EXACT) -> float:
     """p value, two-sided, of the hypothesis that the differences are symmetric around 0."""
     d = torch.tensor(differences, dtype=torch.float64)
-    n = len(d)
-    least = d.mean().abs() - 1e-12                                              # rounding shall not break ties
-    if n <= exact:
-        signs = ((torch.arange(2 ** n)[:, None] >> torch.arange(n)) & 1) * 2.0 - 1
-        return float(((signs.double() @ d / n).abs() >= least).double().mean())
-    signs = torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) * 2.0 - 1
-    return float((((signs.double() @ d / n).abs() >= least).sum() + 1) / (FLIPS + 1))      # the seen one counts too
+    n, itself = len(d), int(len(d) > exact)                         # random signs: the seen ones count too
+    bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if itself else
+            (torch.arange(2 ** n)[:, None] >> torch.arange(n)) & 1)
+    means = (bits * 2.0 - 1).double() @ d / n
+    as_large = int((means.abs() >= d.mean().abs() - 1e-12).sum())   # rounding shall not break ties
+    return (as_large + itself) / (len(means) + itself)
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
@@ -66,6 +68,6 @@ def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired
     differences = [d for ds in by_concept.values() for d in ds]
     if not differences:
         return None
-    means = [sum(ds) / len(ds) for ds in by_concept.values()]
-    return Paired(len(differences), sum(differences) / len(differences), *bootstrap(differences),
-                  sign_flip(differences), sign_flip(means))
+    means = [statistics.fmean(ds) for ds in by_concept.values()]
+    return Paired(len(differences), statistics.fmean(differences), *bootstrap(differences), sign_flip(differences),
+                  sign_flip(means))
