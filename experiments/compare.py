@@ -1,10 +1,9 @@
 """Spread and paired comparisons: how sure one can be that one method is better than another.
 
 Pairs share concept and seed. The test asks: if both methods were the same, the sign of each pair's difference would be
-a fair coin; how often is the mean difference then as large as the one seen, in either direction? Up to 16 pairs all
-signs are counted, beyond that 20000 random ones. The interval is a bootstrap: 95 % of the means of pairs drawn with
-replacement. Seeds of one concept are no independent concepts: the test over concept means, where each concept counts
-once, says more about concepts that were not measured.
+a fair coin; how often is the mean difference then as large as the one seen, in either direction? Up to 16 pairs all 2^n
+signs are counted, beyond that random ones. The interval is a bootstrap: 95 % of the means of pairs drawn with
+replacement. Seeds of one concept are no independent concepts: p over concept means says more about other concepts.
 """
 import statistics
 from collections import defaultdict
@@ -13,10 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-EXACT = 16                  # pairs, up to which all 2^n signs are counted
-FLIPS = 20_000
-RESAMPLES = 10_000
-SEED = 2605
+FLIPS, RESAMPLES, SEED = 20_000, 10_000, 2605
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def sign_flip(differences: Sequence[float], exact: int = EXACT) -> float:
-    """p value, two-sided, of the hypothesis that the differences are symmetric around 0."""
+def sign_flip(differences: Sequence[float], exact: int = 16) -> float:
+    """p value, two-sided, of the hypothesis that the differences are symmetric around 0; exact: pairs."""
     d = torch.tensor(differences, dtype=torch.float64)
     n, itself = len(d), int(len(d) > exact)                         # random signs: the seen ones count too
     bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if itself else
@@ -53,8 +49,7 @@ def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
     """The interval in which 95 % of the means of resampled differences lie."""
     d = torch.tensor(differences, dtype=torch.float64)
     pick = torch.randint(len(d), (RESAMPLES, len(d)), generator=torch.Generator().manual_seed(SEED))
-    low, high = d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return tuple(d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
 def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired | None:
@@ -68,6 +63,5 @@ def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired
     differences = [d for ds in by_concept.values() for d in ds]
     if not differences:
         return None
-    means = [statistics.fmean(ds) for ds in by_concept.values()]
     return Paired(len(differences), statistics.fmean(differences), *bootstrap(differences), sign_flip(differences),
-                  sign_flip(means))
+                  sign_flip([statistics.fmean(ds) for ds in by_concept.values()]))

@@ -81,8 +81,8 @@ class Examiner:
         in_table = training.method in (BASE, TEACHER) or (
             "table 1" in measurement.groups and training.seed == plan.settings.seeds[0])
         if in_table and measurement.sampler == plan.sampler and training.concept in plan.curve_concepts:
-            strip = grid(shown, columns=len(prompts), scale=1)
-            save_png(strip, picture_file(self.out, training), {"prompts": json.dumps(prompts)})
+            save_png(grid(shown, columns=len(prompts), scale=1), picture_file(self.out, training),
+                     {"prompts": json.dumps(prompts)})
 
 
 def picture_file(out: Path, training: Training) -> Path:

@@ -69,7 +69,6 @@ class Report:
         lines = self.results.of(asked)
         return " / ".join(filter(None, cells(lines, DRAWN, spread=False))) if lines else NOT_RUN
 
-    # ---------------------------------------------------------------------------------------------- tables 1 to 3
     def comparison(self, equal: str) -> tuple[str, str, str]:
         """Table 1 or 2, D-OPSD against each other method, and concept fidelity by concept."""
         methods = {name: self.plan.table(method, equal) for method, name in NAMES.items()}
@@ -84,9 +83,9 @@ class Report:
                           *(cells(made, COST, "{:.0f}", spread=False) if label in methods else [""] * len(COST)),
                           f"{len(made)} of {len(rows[label])}" if rows[label] else NOT_RUN])
         head = ["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds", "measured"]
-        by_concept = [[self.concepts[concept]["words"],
-                       *(number(self.mean(m for m in asked if m.training.concept == concept))
-                         for asked in rows.values())] for concept in self.plan.test]
+        by_concept = [[self.concepts[concept]["words"], *(
+            cells([line for line in made if line["concept"] == concept], ["concept"], spread=False)[0]
+            for made in lines.values())] for concept in self.plan.test]
         return (markdown(head, table), compared({label: lines[label] for label in methods}, COMPARED),
                 markdown(["", *rows], by_concept))
 
@@ -119,15 +118,14 @@ class Report:
         return [markdown(["", "step", *BESIDE, "concepts that reach it"], table),
                 "Paired differences, over concepts:", compared(found, BESIDE)]
 
-    # ---------------------------------------------------------------------------------------------- other tables
     def learning_rates(self) -> str:
         """What was tried, and what was chosen."""
         rates, table = self.settings.rates, []
         for method, name in NAMES.items():
             given, chosen = method in dict(self.settings.fixed), self.plan.rates.get(method)
-            scores = ["not tried" if given else number(score_of_rate(self.plan, self.results, method, rate))
-                      for rate in rates]
-            table.append([name, *scores, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
+            scores = [score_of_rate(self.plan, self.results, method, rate) for rate in rates]
+            tried = ["not tried" if given else NOT_RUN if score is None else f"{score:.3f}" for score in scores]
+            table.append([name, *tried, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in rates), "chosen"], table)
 
     def curve_table(self, curves: dict[str, Curve], longer: Sequence[int] = ()) -> str:
@@ -174,7 +172,7 @@ class Report:
         """The measures on renderings and on damaged ones."""
         for found in self.results.measures([Measurement(Training(VALIDATION))]):
             return markdown(["", *next(iter(found.values()))],
-                            [[name, *map(number, row.values())] for name, row in found.items()])
+                            [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()])
         return NOT_RUN
 
 
@@ -210,10 +208,6 @@ def with_spread(values: list[float], form: str = "{:.3f}") -> str:
         return NOT_RUN
     mean, spread = mean_and_spread(values)
     return form.format(mean) + (f" ± {form.replace('+', '').format(spread)}" if len(values) > 1 else "")
-
-
-def number(value: float | None) -> str:
-    return NOT_RUN if value is None else f"{value:.3f}"
 
 
 def compared(lines: dict[str, list[dict]], names: Sequence[str]) -> str:

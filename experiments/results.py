@@ -106,7 +106,6 @@ def measurement_of(line: dict) -> Measurement:
     return Measurement(training, line["step"], line["sampler"])
 
 
-# ---------------------------------------------------------------------------------------------------- learning rates
 def score_of_rate(plan: Plan, results: Results, method: str, rate: float) -> float | None:
     """Mean over the tuning concepts of concept fidelity minus what ordinary accuracy loses; None until all are there.
 

@@ -17,6 +17,7 @@ import torch
 import lora
 import train
 from experiments.protocol import Job, Training
+from experiments.report import DRAWN
 from experiments.results import Results, line_of
 from plumbing import files, lora_files
 from plumbing.files import ROOT, InputError
@@ -25,7 +26,6 @@ from plumbing.run_folder import STATE
 from tiny.score import Judge
 
 STUDENT = "student.safetensors"     # what train.py makes
-SHOWN = ("concept", "ordinary", "ordinary, decided")                # of a line, when it is printed
 
 
 
@@ -97,7 +97,7 @@ def perform(title: str, jobs: list[Job], results: Results, workers: int, make: C
                 usual = message["sampler"] == results.facts["recipe"]["inference_steps"]
                 sampler = "" if usual else f", {message['sampler']} solver steps"
                 print(f"  {done}/{count}  {message['run']}, step {message['step']}{sampler}",
-                      *(f" {name} {message['measures'][name]:.3f}" for name in SHOWN if name in message["measures"]),
+                      *(f" {name} {message['measures'][name]:.3f}" for name in DRAWN if name in message["measures"]),
                       flush=True)
             elif message is not None:
                 failed.append(job.training.name)

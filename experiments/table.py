@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from tiny import concepts as drawing
-from tiny.concepts import Concept
 from experiments.figures import draw_curves, draw_panel
 from experiments.measure import Examiner
 from experiments.protocol import FULL, METHODS, QUICK, Plan, Settings, left
@@ -44,7 +43,7 @@ class Options:
     out: str | None = option(None, "folder of results; default experiments/results, with --quick out/quick-table")
 
 
-def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[Concept]:
+def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.Concept]:
     """The test concepts, or the user's instead, then the tuning concepts; the drawn ones are written below `out`.
 
     Raises InputError.
