@@ -1,9 +1,7 @@
 """Spread and paired comparisons: how sure one can be that one method is better than another.
 
-Pairs share concept and seed. The test asks: if both methods were the same, the sign of each pair's difference would be
-a fair coin; how often is the mean difference then as large as the one seen, in either direction? Up to 16 pairs all 2^n
-signs are counted, beyond that random ones. The interval is a bootstrap: 95 % of the means of pairs drawn with
-replacement. Seeds of one concept are no independent concepts: p over concept means says more about other concepts.
+The test asks: if both methods were the same, the sign of each pair's difference would be a fair coin; how often is the
+mean difference then as large as the one seen, in either direction? experiments/README.md says more, under Statistics.
 """
 import statistics
 from collections import defaultdict
@@ -35,14 +33,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_flip(differences: Sequence[float], exact: int = 16) -> float:
-    """p value, two-sided, of the hypothesis that the differences are symmetric around 0; exact: pairs."""
+    """p value, two-sided, of the hypothesis that the differences are symmetric around 0.
+
+    Up to `exact` pairs all 2^n signs are counted, beyond that random ones.
+    """
     d = torch.tensor(differences, dtype=torch.float64)
-    n, itself = len(d), int(len(d) > exact)                         # random signs: the seen ones count too
-    bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if itself else
+    n, sampled = len(d), len(d) > exact
+    bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if sampled else
             (torch.arange(2 ** n)[:, None] >> torch.arange(n)) & 1)
     means = (bits * 2.0 - 1).double() @ d / n
     as_large = int((means.abs() >= d.mean().abs() - 1e-12).sum())   # rounding shall not break ties
-    return (as_large + itself) / (len(means) + itself)
+    return (as_large + sampled) / (len(means) + sampled)            # beside random ones, the signs seen count too
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:

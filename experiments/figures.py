@@ -30,9 +30,7 @@ def pyplot(path: Path):
 
 def draw_curves(report: Report, path: Path) -> list[Path]:
     """Ablations: a column of axes for each, a row for each measure; means over the concepts of the curves.
-
-    Returns what was written: nothing if no curve was measured. Raises InputError.
-    """
+    Returns what was written: nothing if no curve was measured. Raises InputError."""
     plt = pyplot(path)
     if plt is None:
         return []
@@ -71,8 +69,8 @@ def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
             strip, prompts = image.convert("RGB"), json.loads(image.text["prompts"])
     except (OSError, KeyError, AttributeError, ValueError):
         raise InputError(f"{path}: not a strip of pictures that this program wrote; remove it") from None
-    corners = [(i * (SIDE + 4) + 2, 2) for i in range(len(prompts))]
-    return [strip.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners], prompts
+    pitch = SIDE + 4                                                # 2 pixels on each side of a picture
+    return [strip.crop((x, 2, x + SIDE, 2 + SIDE)) for x in range(2, pitch * len(prompts), pitch)], prompts
 
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
@@ -81,11 +79,11 @@ def draw_panel(report: Report, path: Path) -> list[Path]:
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
     rows, columns = [], {method: [] for method in (BASE, *NAMES, TEACHER)}
-    for concept in firsts(report.plan.curve_concepts, lambda name: report.concepts[name]["kind"]):
+    for concept in firsts(report.plan.curve_concepts, lambda name: report.plan.concepts[name]["kind"]):
         files = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
         strips = {method: tiles(file) for method, file in files.items() if file.is_file()}
         prompts = next((prompts for _, prompts in strips.values()), [])
-        rows += [f"{prompt} ([V]: {report.concepts[concept]['words']})" if "[V]" in prompt else prompt
+        rows += [f"{prompt} ([V]: {report.plan.concepts[concept]['words']})" if "[V]" in prompt else prompt
                  for prompt in prompts]
         for method, images in columns.items():
             images += strips[method][0] if method in strips else [None] * len(prompts)

@@ -21,15 +21,8 @@ from tiny.validation import validate
 from tiny.world import grid
 
 METRICS = 1                 # version: raise it when a number would come out differently
-MEASURES = {
-    "concept": "share of the concept's attributes that are right in pictures of new prompts with [V]",
-    "concept, whole": "share of these pictures in which all of them are",
-    "concept, rest": "share of what else such a prompt says (place, size, backdrop, ...) that is right",
-    "concept, distance": "to the nearest picture of the world, root mean square",
-    "diversity": "how often the backdrops of two pictures of one prompt differ, cell by cell: 0.5 in the world",
-    "ordinary": "share of what prompts without [V] say that is right (adherence; minus the base's: retention)",
-    "ordinary, distance": "as above",
-    "ordinary, decided": "how clearly the marks on the backdrop are there or not: 1 in the world (few-step sharpness)"}
+MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
+            "ordinary, distance", "ordinary, decided")      # experiments/README.md has a table of what each is
 SHOWN = (2, 1)              # of the panel: prompts with [V], ordinary prompts
 
 

@@ -18,6 +18,7 @@ NAMES = {"sft": "SFT", "sft-teacher": "SFT on teacher samples", "off-policy": "o
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
 BESIDE = COMPARED[1:]                                               # what table 3 compares, at equal concept fidelity
 DRAWN = COMPARED[:3]                                                # what curves show
+RETAINED = ("ordinary", "ordinary, distance")
 COST = ("step", "passes", "seconds")
 CELL = "Each cell: " + " / ".join(DRAWN)
 
@@ -27,8 +28,8 @@ class Report:
 
     def __init__(self, results: Results) -> None:
         facts = results.facts
-        self.results, self.concepts, self.settings = results, facts["concepts"], Settings(**facts["protocol"])
-        self.plan = Plan(self.settings, self.concepts, facts["recipe"])
+        self.results, self.settings = results, Settings(**facts["protocol"])
+        self.plan = Plan(self.settings, facts["concepts"], facts["recipe"])
         self.plan.rates = choose_rates(self.plan, results)
         self.base = self.plan.reference(BASE, self.plan.test)
 
@@ -74,16 +75,15 @@ class Report:
         methods = {name: self.plan.table(method, equal) for method, name in NAMES.items()}
         rows = {BASE: self.base, **methods, TEACHER: self.plan.reference(TEACHER, self.plan.test)}
         lines = {label: self.results.of(asked) for label, asked in rows.items()}
-        base, table = {line["concept"]: line["measures"] for line in lines[BASE]}, []
+        before, table = {line["concept"]: line["measures"] for line in lines[BASE]}, []
         for label, made in lines.items():
-            retained = [{"measures": {name: value - base[line["concept"]][name] for name, value in
-                                      line["measures"].items()}} for line in made if line["concept"] in base]
-            table.append([label, *cells(made, MEASURES),
-                          *cells(retained, ("ordinary", "ordinary, distance"), "{:+.3f}"),
+            retained = [{"measures": {name: value - before[line["concept"]][name] for name, value in
+                                      line["measures"].items()}} for line in made if line["concept"] in before]
+            table.append([label, *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
                           *(cells(made, COST, "{:.0f}", spread=False) if label in methods else [""] * len(COST)),
                           f"{len(made)} of {len(rows[label])}" if rows[label] else NOT_RUN])
         head = ["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds", "measured"]
-        by_concept = [[self.concepts[concept]["words"], *(
+        by_concept = [[self.plan.concepts[concept]["words"], *(
             cells([line for line in made if line["concept"] == concept], ["concept"], spread=False)[0]
             for made in lines.values())] for concept in self.plan.test]
         return (markdown(head, table), compared({label: lines[label] for label in methods}, COMPARED),

@@ -18,7 +18,6 @@ from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.checkpoints import recipe_of
 from plumbing.files import InputError, append_json_line, model_key, write_bytes
 
-MODEL_PARTS = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
 RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
           "beta")
 
@@ -27,8 +26,9 @@ def facts_of(protocol: dict, concepts: Iterable[Concept], model: Path) -> dict:
     """All that decides the numbers, as JSON: two results files with the same facts may be joined."""
     recipe = {**dataclasses.asdict(recipe_of(model)), "beta": train.Options.beta}
     about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in concepts}
-    return {"protocol": protocol, "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about,
-            "model": model_key(model, *MODEL_PARTS), "metrics": METRICS}
+    key = model_key(model, "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
+    return {"protocol": protocol, "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about, "model": key,
+            "metrics": METRICS}
 
 
 def fingerprint(facts: dict) -> str:

@@ -1,9 +1,6 @@
 """The experiments on the embedded model: D-OPSD beside its alternatives, with spread, tests and ablations.
 
-    python -m experiments.table --workers 2                 # tables and curves; experiments/README.md says how long
-    python -m experiments.table --workers 2 --lessons       # and what the numbers of the recipe do
-    python -m experiments.table --quick --workers 2         # a small version, about ten minutes
-    python -m experiments.table --report                    # tables and figures again, from results.jsonl
+    python -m experiments.table --workers 2             # experiments/README.md says how long, and what else there is
 
 Starting again goes on where it stopped; so does Ctrl-C and starting again. Writes results.jsonl, tables.md, curves.png
 and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) can be deleted when all is measured.
