@@ -33,10 +33,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_flip(differences: Sequence[float], exact: int = 16) -> float:
-    """p value, two-sided, of the hypothesis that the differences are symmetric around 0.
-
-    Up to `exact` pairs all 2^n signs are counted, beyond that random ones.
-    """
+    """Two-sided p of differences being symmetric around 0: over all 2^n signs up to `exact` pairs, else random ones."""
     d = torch.tensor(differences, dtype=torch.float64)
     n, sampled = len(d), len(d) > exact
     bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if sampled else

@@ -75,7 +75,6 @@ def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
     """Rows: prompts of one object and one style, and an ordinary one for each; columns: base, methods, teacher's view.
-
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
     rows, columns = [], {method: [] for method in (BASE, *NAMES, TEACHER)}

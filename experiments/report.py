@@ -129,10 +129,10 @@ class Report:
         return markdown(["", *(f"{rate:g}" for rate in rates), "chosen"], table)
 
     def curve_table(self, curves: dict[str, Curve], longer: Sequence[int] = ()) -> str:
-        """concept / ordinary / decided of each curve at each step."""
+        """The means of each curve at each of its steps."""
         steps = [0, *self.settings.curve_steps, *longer]
         return markdown(["step", *map(str, steps)], [
-            [NAMES.get(label, label), *(self.triple(curve.get(step, [])) if step in curve or not curve else ""
+            [NAMES.get(label, label), *("" if curve and step not in curve else self.triple(curve.get(step, []))
                                         for step in steps)] for label, curve in curves.items()])
 
     def learned_at(self, curve: Curve) -> str:
@@ -211,9 +211,8 @@ def with_spread(values: list[float], form: str = "{:.3f}") -> str:
 
 
 def compared(lines: dict[str, list[dict]], names: Sequence[str]) -> str:
-    """D-OPSD against the other methods, where both have the same concept and seed. lines: of each method."""
-    *others, ours = lines
-    table = []
+    """The last method, D-OPSD, against the others, where both have the same concept and seed."""
+    (*others, ours), table = lines, []
     for other in others:
         found = [paired(lines[ours], lines[other], name) for name in names]
         table.append([f"{ours} - {other}", *(str(test or NOT_RUN) for test in found),

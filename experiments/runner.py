@@ -28,7 +28,6 @@ from tiny.score import Judge
 STUDENT = "student.safetensors"     # what train.py makes
 
 
-
 class Laboratory:
     """Trains and measures; one per process."""
 
@@ -94,11 +93,10 @@ def perform(title: str, jobs: list[Job], results: Results, workers: int, make: C
             if isinstance(message, dict):
                 results.add(message)
                 done += 1
-                usual = message["sampler"] == results.facts["recipe"]["inference_steps"]
-                sampler = "" if usual else f", {message['sampler']} solver steps"
+                usual, found = results.facts["recipe"]["inference_steps"], message["measures"]
+                sampler = "" if message["sampler"] == usual else f", {message['sampler']} solver steps"
                 print(f"  {done}/{count}  {message['run']}, step {message['step']}{sampler}",
-                      *(f" {name} {message['measures'][name]:.3f}" for name in DRAWN if name in message["measures"]),
-                      flush=True)
+                      *(f" {name} {found[name]:.3f}" for name in DRAWN if name in found), flush=True)
             elif message is not None:
                 failed.append(job.training.name)
                 print(f"error: {job.training.name}: {message}", file=sys.stderr, flush=True)

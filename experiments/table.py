@@ -41,10 +41,7 @@ class Options:
 
 
 def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.Concept]:
-    """The test concepts, or the user's instead, then the tuning concepts; the drawn ones are written below `out`.
-
-    Raises InputError.
-    """
+    """The test concepts or the user's, then the tuning concepts; drawn ones go below `out`. Raises InputError."""
     render = Renderer()
     write = partial(drawing.write, parent=out / "concepts", seed=settings.draw_seed, render=render)
     test, tuning = drawing.draw_concepts(settings.objects, settings.styles, settings.tuning_objects, settings.draw_seed)
