@@ -1,10 +1,7 @@
 """Spread and paired comparisons: how sure one can be that one method is better than another.
 
-Pairs share concept and seed. The test asks: if both methods were the same, the sign of each pair's difference would be
-a fair coin; how often is the mean difference then as large as the one seen, in either direction? Up to 16 pairs all
-signs are counted, beyond that 20000 random ones. The interval is a bootstrap: 95 % of the means of pairs drawn with
-replacement. Seeds of one concept are no independent concepts: the test over concept means, where each concept counts
-once, says more about concepts that were not measured.
+The test asks: if both methods were the same, the sign of each pair's difference would be a fair coin; how often is the
+mean difference then as large as the one seen, in either direction? experiments/README.md says more, under Statistics.
 """
 import statistics
 from collections import defaultdict
@@ -13,10 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-EXACT = 16                  # pairs, up to which all 2^n signs are counted
-FLIPS = 20_000
-RESAMPLES = 10_000
-SEED = 2605
+FLIPS, RESAMPLES, SEED = 20_000, 10_000, 2605
 
 
 @dataclass(frozen=True)
@@ -29,30 +23,31 @@ class Paired:
     p: float
     p_concepts: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] p {self.p:.4f} ({self.p_concepts:.4f})"
+
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1; 0 for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def sign_flip(differences: Sequence[float], exact: int = EXACT) -> float:
-    """p value, two-sided, of the hypothesis that the differences are symmetric around 0."""
+def sign_flip(differences: Sequence[float], exact: int = 16) -> float:
+    """Two-sided p of differences being symmetric around 0: over all 2^n signs up to `exact` pairs, else random ones."""
     d = torch.tensor(differences, dtype=torch.float64)
-    n = len(d)
-    least = d.mean().abs() - 1e-12                                              # rounding shall not break ties
-    if n <= exact:
-        signs = ((torch.arange(2 ** n)[:, None] >> torch.arange(n)) & 1) * 2.0 - 1
-        return float(((signs.double() @ d / n).abs() >= least).double().mean())
-    signs = torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) * 2.0 - 1
-    return float((((signs.double() @ d / n).abs() >= least).sum() + 1) / (FLIPS + 1))      # the seen one counts too
+    n, sampled = len(d), len(d) > exact
+    bits = (torch.randint(2, (FLIPS, n), generator=torch.Generator().manual_seed(SEED)) if sampled else
+            (torch.arange(2 ** n)[:, None] >> torch.arange(n)) & 1)
+    means = (bits * 2.0 - 1).double() @ d / n
+    as_large = int((means.abs() >= d.mean().abs() - 1e-12).sum())   # rounding shall not break ties
+    return (as_large + sampled) / (len(means) + sampled)            # beside random ones, the signs seen count too
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
     """The interval in which 95 % of the means of resampled differences lie."""
     d = torch.tensor(differences, dtype=torch.float64)
     pick = torch.randint(len(d), (RESAMPLES, len(d)), generator=torch.Generator().manual_seed(SEED))
-    low, high = d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return tuple(d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
 def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired | None:
@@ -66,6 +61,5 @@ def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired
     differences = [d for ds in by_concept.values() for d in ds]
     if not differences:
         return None
-    means = [sum(ds) / len(ds) for ds in by_concept.values()]
-    return Paired(len(differences), sum(differences) / len(differences), *bootstrap(differences),
-                  sign_flip(differences), sign_flip(means))
+    return Paired(len(differences), statistics.fmean(differences), *bootstrap(differences), sign_flip(differences),
+                  sign_flip([statistics.fmean(ds) for ds in by_concept.values()]))

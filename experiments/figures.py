@@ -7,7 +7,7 @@ from PIL import Image
 
 from tiny.concepts import firsts
 from experiments.measure import picture_file
-from experiments.protocol import BASE, METHODS, TEACHER, Training
+from experiments.protocol import BASE, TEACHER, Training
 from experiments.report import DRAWN, NAMES, Report
 from plumbing.files import InputError, check_writable
 from plumbing.pictures import panel, save_png
@@ -28,17 +28,13 @@ def pyplot(path: Path):
     return plt
 
 
-def draw(report: Report, out: Path) -> list[Path]:
-    """Both figures, as far as there is something to show; the files written. Raises InputError."""
-    return draw_curves(report, out / "curves.png") + draw_panel(report, out / "panel.png")
-
-
 def draw_curves(report: Report, path: Path) -> list[Path]:
-    """Ablations: a column of axes for each, a row for each measure; means over the concepts of the curves."""
+    """Ablations: a column of axes for each, a row for each measure; means over the concepts of the curves.
+    Returns what was written: nothing if no curve was measured. Raises InputError."""
     plt = pyplot(path)
     if plt is None:
         return []
-    figures, plan, drawn = report.plan.ablations(), report.plan, False
+    figures, drawn = report.plan.ablations(), False
     figure, axes = plt.subplots(len(DRAWN), len(figures), figsize=(5 * len(figures), 2.6 * len(DRAWN)), sharex=True,
                                 sharey="row", squeeze=False, layout="constrained")
     for column, (title, curves) in enumerate(figures.items()):
@@ -48,13 +44,13 @@ def draw_curves(report: Report, path: Path) -> list[Path]:
             axis.grid(alpha=0.3)
             axis.set_ylabel(LABELS[measure] if column == 0 else "")
             for number, (label, curve) in enumerate(curves.items()):
-                means = {step: report.mean(asked, measure) for step, asked in curve.items()}
-                means = {step: mean for step, mean in means.items() if mean is not None}
+                means = {step: mean for step, asked in curve.items()
+                         if (mean := report.mean(asked, measure)) is not None}
                 if len(means) > 1:                                  # step 0 is the base: alone it is no curve
                     drawn = True
                     axis.plot(*zip(*means.items()), marker="o", markersize=3, color=f"C{number}",
                               label=NAMES.get(label, label))
-            goal = report.mean(plan.reference(TEACHER, plan.curve_concepts), measure)
+            goal = report.mean(report.plan.reference(TEACHER, report.plan.curve_concepts), measure)
             if goal is not None:
                 axis.axhline(goal, linestyle="--", color="gray", label=TEACHER)
         if axes[0, column].get_legend_handles_labels()[1]:
@@ -73,24 +69,20 @@ def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
             strip, prompts = image.convert("RGB"), json.loads(image.text["prompts"])
     except (OSError, KeyError, AttributeError, ValueError):
         raise InputError(f"{path}: not a strip of pictures that this program wrote; remove it") from None
-    corners = [(i * (SIDE + 4) + 2, 2) for i in range(len(prompts))]
-    return [strip.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners], prompts
+    pitch = SIDE + 4                                                # 2 pixels on each side of a picture
+    return [strip.crop((x, 2, x + SIDE, 2 + SIDE)) for x in range(2, pitch * len(prompts), pitch)], prompts
 
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
     """Rows: prompts of one object and one style, and an ordinary one for each; columns: base, methods, teacher's view.
-
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
-    columns: dict[str, list] = {method: [] for method in (BASE, *METHODS, TEACHER)}
-    rows: list[str] = []
-    for concept in firsts(report.plan.curve_concepts, lambda name: report.concepts[name]["kind"]):
-        found = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
-        strips = {method: tiles(file) for method, file in found.items() if file.is_file()}
-        if not strips:
-            continue
-        prompts = next(iter(strips.values()))[1]
-        rows += [f"{prompt} ([V]: {report.concepts[concept]['words']})" if "[V]" in prompt else prompt
+    rows, columns = [], {method: [] for method in (BASE, *NAMES, TEACHER)}
+    for concept in firsts(report.plan.curve_concepts, lambda name: report.plan.concepts[name]["kind"]):
+        files = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
+        strips = {method: tiles(file) for method, file in files.items() if file.is_file()}
+        prompts = next((prompts for _, prompts in strips.values()), [])
+        rows += [f"{prompt} ([V]: {report.plan.concepts[concept]['words']})" if "[V]" in prompt else prompt
                  for prompt in prompts]
         for method, images in columns.items():
             images += strips[method][0] if method in strips else [None] * len(prompts)

@@ -1,20 +1,10 @@
 """The measures of the experiments: all are read back exactly from pictures (tiny/metrics.py), no learned judge.
 
-    concept             share of the concept's attributes that are right in pictures of new prompts with [V]
-    concept, whole      share of these pictures in which all of them are
-    concept, rest       share of what else such a prompt says (place, size, backdrop, ...) that is right
-    concept, distance   to the nearest picture of the world, root mean square
-    diversity           how often the backdrops of two pictures of one prompt differ, cell by cell: 0.5 in the world
-    ordinary            share of what prompts without [V] say that is right (adherence; minus the base's: retention)
-    ordinary, distance  as above
-    ordinary, decided   how clearly the marks on the backdrop are there or not: 1 in the world (few-step sharpness)
-
 Prompts and noises are the same for all methods; those with [V] depend on the concept only. Diversity says little where
 the marks are not decided: then it is a coin of the reader, not of the picture.
 """
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,19 +22,8 @@ from tiny.world import grid
 
 METRICS = 1                 # version: raise it when a number would come out differently
 MEASURES = ("concept", "concept, whole", "concept, rest", "concept, distance", "diversity", "ordinary",
-            "ordinary, distance", "ordinary, decided")
+            "ordinary, distance", "ordinary, decided")      # experiments/README.md has a table of what each is
 SHOWN = (2, 1)              # of the panel: prompts with [V], ordinary prompts
-
-
-# ---------------------------------------------------------------------------------------------------- measuring
-@dataclass(frozen=True)
-class Questions:
-    """The prompts with [V] of one concept, their contexts, and the noises."""
-    prompts: Prompts
-    said: list[Tensor]          # contexts of the prompts: the student's
-    seen: list[Tensor]          # and with a picture of the concept: the teacher's
-    noise: Tensor               # (n, C, 16, 16)
-    noise_again: Tensor         # (prompts * noises, C, 16, 16) for diversity
 
 
 class Examiner:
@@ -58,36 +37,35 @@ class Examiner:
         self.usual = judge.features.contexts(self.ordinary.captions)
         self.noise = judge.noise(self.settings.ordinary_prompts, g)
 
-    def ask(self, name: str) -> Questions:
-        """The questions about a concept."""
+    def ask(self, name: str) -> tuple[Prompts, list[Tensor], list[Tensor], Tensor, Tensor]:
+        """The prompts with [V] of a concept; their contexts without a picture (the student's) and with one (the
+        teacher's); noises, one for each prompt, and several for each of the first few, which diversity needs."""
         settings, judge, concept = self.settings, self.judge, self.concepts[name]
         g = data.generator(settings.draw_seed, "concept prompts", name)
         prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
         pictures = torch.cat([to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)])
         shown = pictures[torch.arange(len(prompts.rows)) % len(pictures)]
-        noise = judge.noise(len(prompts.rows), g)
-        again = judge.noise(min(settings.diverse_prompts, len(prompts.rows)) * settings.diverse_noises, g)
-        return Questions(prompts, judge.features.contexts(prompts.captions),
-                         judge.features.contexts(prompts.captions, shown), noise, again)
+        said, seen = (judge.features.contexts(prompts.captions, images) for images in (None, shown))
+        noises = len(prompts.rows), min(settings.diverse_prompts, len(prompts.rows)) * settings.diverse_noises
+        return prompts, said, seen, *(judge.noise(count, g) for count in noises)
 
     def __call__(self, measurement: Measurement, adapter: lora.Adapter | None) -> dict:
         """The measures. The teacher's view has no ordinary ones: there is no picture to show for such prompts."""
         training, settings, reader = measurement.training, self.settings, self.judge.reader
         if training.method == VALIDATION:
             return validate(reader, settings.draw_seed, settings.validation_scenes, settings.diverse_noises)
-        asked = self.questions(training.concept)
-        contexts = asked.seen if training.method == TEACHER else asked.said
-        drawn = self.judge.draw(contexts, asked.noise, adapter, measurement.sampler)
-        measures, shown = of_concept(reader(drawn), asked.prompts), drawn[:SHOWN[0]]
-        times = settings.diverse_noises
-        several = [context for context in contexts[:len(asked.noise_again) // times] for _ in range(times)]
-        again = self.judge.draw(several, asked.noise_again, adapter, measurement.sampler)
+        prompts, said, seen, noise, noise_again = self.questions(training.concept)
+        contexts, times = seen if training.method == TEACHER else said, settings.diverse_noises
+        drawn = self.judge.draw(contexts, noise, adapter, measurement.sampler)
+        measures, shown = of_concept(reader(drawn), prompts), drawn[:SHOWN[0]]
+        several = [context for context in contexts[:len(noise_again) // times] for _ in range(times)]
+        again = self.judge.draw(several, noise_again, adapter, measurement.sampler)
         measures["diversity"] = diversity(reader(again), times, reader.render)
         if training.method != TEACHER:
             drawn = self.judge.draw(self.usual, self.noise, adapter, measurement.sampler)
             measures |= of_ordinary(reader(drawn), self.ordinary)
             shown = torch.cat([shown, drawn[:SHOWN[1]]])
-        self.keep(measurement, shown, asked.prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]])
+        self.keep(measurement, shown, prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]])
         return measures
 
     def keep(self, measurement: Measurement, shown: Tensor, prompts: list[str]) -> None:
@@ -96,8 +74,8 @@ class Examiner:
         in_table = training.method in (BASE, TEACHER) or (
             "table 1" in measurement.groups and training.seed == plan.settings.seeds[0])
         if in_table and measurement.sampler == plan.sampler and training.concept in plan.curve_concepts:
-            strip = grid(shown, columns=len(prompts), scale=1)
-            save_png(strip, picture_file(self.out, training), {"prompts": json.dumps(prompts)})
+            save_png(grid(shown, columns=len(prompts), scale=1), picture_file(self.out, training),
+                     {"prompts": json.dumps(prompts)})
 
 
 def picture_file(out: Path, training: Training) -> Path:

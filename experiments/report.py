@@ -4,224 +4,176 @@ A cell that nobody measured says "not run".
 """
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from statistics import fmean
 
-from experiments.compare import Paired, mean_and_spread, paired
+from experiments.compare import mean_and_spread, paired
 from experiments.measure import MEASURES
-from experiments.protocol import (BASE, CAUSES, GENTLE, LESSONS, LONGER, METHODS, TEACHER, VALIDATION, Curve,
-                                  Measurement, Plan, Settings, Training)
+from experiments.protocol import (BASE, CAUSES, GENTLE, LESSONS, LONGER, TEACHER, VALIDATION, Curve, Measurement, Plan,
+                                  Settings, Training)
 from experiments.results import Results, choose_rates, score_of_rate
 
 NOT_RUN = "not run"
-NAMES = {"dopsd": "D-OPSD", "sft": "SFT", "sft-teacher": "SFT on teacher samples", "off-policy": "off-policy",
-         "pso": "PSO"}
+NAMES = {"sft": "SFT", "sft-teacher": "SFT on teacher samples", "off-policy": "off-policy", "pso": "PSO",
+         "dopsd": "D-OPSD"}                                         # in the order of the rows
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
 BESIDE = COMPARED[1:]                                               # what table 3 compares, at equal concept fidelity
-DRAWN = ("concept", "ordinary", "ordinary, decided")                            # what curves show
+DRAWN = COMPARED[:3]                                                # what curves show
+RETAINED = ("ordinary", "ordinary, distance")
+COST = ("step", "passes", "seconds")
+CELL = "Each cell: " + " / ".join(DRAWN)
 
 
 class Report:
-    """The tables of one results file."""
+    """The tables of one results file; sections that need more than a table are lists of paragraphs."""
 
     def __init__(self, results: Results) -> None:
         facts = results.facts
-        self.results, self.concepts, self.settings = results, facts["concepts"], Settings(**facts["protocol"])
-        self.plan = Plan(self.settings, self.concepts, facts["recipe"])
+        self.results, self.settings = results, Settings(**facts["protocol"])
+        self.plan = Plan(self.settings, facts["concepts"], facts["recipe"])
         self.plan.rates = choose_rates(self.plan, results)
-        self.base, self.teacher = (self.plan.reference(name, self.plan.test) for name in (BASE, TEACHER))
+        self.base = self.plan.reference(BASE, self.plan.test)
 
-    def values(self, asked: Iterable[Measurement], measure: str) -> list[float]:
-        """Of those that were made and have this measure."""
-        return [measures[measure] for measures in self.results.measures(asked) if measure in measures]
+    def text(self) -> str:
+        s, plan = self.settings, self.plan
+        (one, one_tests, by_concept), (two, two_tests, _) = (self.comparison(equal) for equal in ("steps", "passes"))
+        parts = [
+            "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
+            f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
+            f"{plan.sampler} solver steps. The protocol in words: experiments/README.md. ± is the standard deviation "
+            "over concepts and seeds (base and teacher's view: over concepts).",
+            "## Table 1: equal optimizer steps", one, "Paired differences: mean, [95 % bootstrap interval], p of the "
+            "sign-flip test over pairs of (concept, seed); in brackets p over concept means.", one_tests,
+            "Concept fidelity by concept, mean over seeds:", by_concept,
+            "## Table 2: equal forward passes", two, "Paired differences:", two_tests,
+            "## Table 3: equal concept fidelity",
+            f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept: straight lines between steps "
+            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", *self.at_equal_concept(),
+            "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
+            self.learning_rates(), "## Curves", f"{CELL}; mean over {', '.join(plan.curve_concepts)}; one seed."]
+        for title, curves in plan.ablations().items():
+            parts += [f"By {title}:", self.curve_table(curves)]
+        if s.lessons:
+            parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
+                      "## A smaller learning rate", *self.gentle(),
+                      "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
+                      "curves.", self.curve_table(plan.curves(CAUSES), [LONGER])]
+        parts += ["## The measures themselves", "On true renderings and on damaged ones:", self.validation()]
+        return "\n\n".join(parts) + "\n"
 
-    def mean(self, asked: Iterable[Measurement], measure: str) -> float | None:
-        values = self.values(asked, measure)
-        return sum(values) / len(values) if values else None
-
-    def means(self, asked: Iterable[Measurement], measures: Sequence[str] = DRAWN) -> list[str]:
-        """A cell for each measure."""
-        return [number(self.mean(asked, measure)) for measure in measures]
-
-    def spreads(self, asked: Iterable[Measurement], measures: Sequence[str]) -> list[str]:
-        """A cell for each measure: mean and standard deviation."""
-        return [with_spread(self.values(asked, measure)) for measure in measures]
+    def mean(self, asked: Iterable[Measurement], measure: str = "concept") -> float | None:
+        """Of those that were made."""
+        values = values_of(self.results.of(asked), measure)
+        return fmean(values) if values else None
 
     def triple(self, asked: Iterable[Measurement]) -> str:
-        cells = self.means(asked)
-        return NOT_RUN if NOT_RUN in cells else " / ".join(cells)
-
-    def cost(self, asked: Iterable[Measurement]) -> list[str]:
-        """Steps and forward passes of each, mean seconds."""
+        """Means of what curves show; the teacher's view has the concept alone, as it has no ordinary prompts."""
         lines = self.results.of(asked)
-        if not lines:
-            return [NOT_RUN] * 3
-        return [*(str(lines[0][name]) for name in ("step", "passes")),
-                f"{sum(line['seconds'] for line in lines) / len(lines):.0f}"]
+        return " / ".join(filter(None, cells(lines, DRAWN, spread=False))) if lines else NOT_RUN
 
-    # ---------------------------------------------------------------------------------------------- tables 1 and 2
-    def rows(self, equal: str) -> dict[str, list[Measurement]]:
-        """Label -> measurements of a row."""
-        return {BASE: self.base, **{NAMES[method]: self.plan.table(method, equal) for method in METHODS},
-                TEACHER: self.teacher}
-
-    def comparison(self, equal: str) -> tuple[str, str]:
-        """Table 1 or 2, and D-OPSD against each other method."""
-        table = []
-        for label, asked in self.rows(equal).items():
-            cells = self.spreads(asked, MEASURES) + [self.retention(asked, name) for name in ("ordinary",
-                                                                                             "ordinary, distance")]
-            if label == TEACHER:                                                # it is shown a picture at every prompt
-                first = MEASURES.index("ordinary")
-                cells[first:] = [""] * len(cells[first:])
-            cost = ["", "", ""] if label in (BASE, TEACHER) else self.cost(asked)
-            made = f"{len(self.results.of(asked))} of {len(asked)}" if asked else NOT_RUN
-            table.append([label, *cells, *cost, made])
+    def comparison(self, equal: str) -> tuple[str, str, str]:
+        """Table 1 or 2, D-OPSD against each other method, and concept fidelity by concept."""
+        methods = {name: self.plan.table(method, equal) for method, name in NAMES.items()}
+        rows = {BASE: self.base, **methods, TEACHER: self.plan.reference(TEACHER, self.plan.test)}
+        lines = {label: self.results.of(asked) for label, asked in rows.items()}
+        before, table = {line["concept"]: line["measures"] for line in lines[BASE]}, []
+        for label, made in lines.items():
+            retained = [{"measures": {name: value - before[line["concept"]][name] for name, value in
+                                      line["measures"].items()}} for line in made if line["concept"] in before]
+            table.append([label, *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
+                          *(cells(made, COST, "{:.0f}", spread=False) if label in methods else [""] * len(COST)),
+                          f"{len(made)} of {len(rows[label])}" if rows[label] else NOT_RUN])
         head = ["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds", "measured"]
-        lines = {method: self.results.of(self.plan.table(method, equal)) for method in METHODS}
-        return markdown(head, table), compared(lines, COMPARED)
+        by_concept = [[self.plan.concepts[concept]["words"], *(
+            cells([line for line in made if line["concept"] == concept], ["concept"], spread=False)[0]
+            for made in lines.values())] for concept in self.plan.test]
+        return (markdown(head, table), compared({label: lines[label] for label in methods}, COMPARED),
+                markdown(["", *rows], by_concept))
 
-    def retention(self, asked: list[Measurement], measure: str) -> str:
-        """Mean and spread of a measure minus the base's own, over the same prompts and noises."""
-        before = {line["concept"]: line["measures"][measure] for line in self.results.of(self.base)}
-        return with_spread([line["measures"][measure] - before[line["concept"]] for line in self.results.of(asked)
-                            if measure in line["measures"] and line["concept"] in before], "{:+.3f}")
-
-    def by_concept(self) -> str:
-        """Concept fidelity in table 1, mean over seeds."""
-        rows = self.rows("steps")
-        table = [[self.concepts[name]["words"],
-                  *(number(self.mean([m for m in asked if m.training.concept == name], "concept"))
-                    for asked in rows.values())] for name in self.plan.test]
-        return markdown(["", *rows], table)
-
-    # ---------------------------------------------------------------------------------------------- table 3
     def crossings(self, method: str) -> tuple[list[dict], int]:
         """Where runs reach `part` of the teacher's fidelity of their concept: lines for `compared`, one per concept
         that is reached in table 1's steps; and of how many concepts. Between measured steps a straight line."""
         lines, measured = [], 0
         for concept in self.plan.test:
             curve = {step: self.results.measures(made) for step, made in self.plan.early(method, concept).items()}
-            teacher = self.mean(self.plan.reference(TEACHER, [concept]), "concept")
+            teacher = self.mean(self.plan.reference(TEACHER, [concept]))
             if not curve or teacher is None or not all(curve.values()):
                 continue
             measured += 1
-            found = crossing({step: [m["concept"], *(m[name] for name in BESIDE)] for step, (m,) in curve.items()},
+            found = crossing({step: [m[name] for name in COMPARED] for step, (m,) in curve.items()},
                              self.settings.part * teacher)
             if found:
-                step, _, *values = found
-                lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": step,
-                              "measures": dict(zip(BESIDE, values))})
+                lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": found[0],
+                              "measures": dict(zip(COMPARED, found[1:]))})
         return lines, measured
 
-    def at_equal_concept(self) -> tuple[str, str]:
+    def at_equal_concept(self) -> list[str]:
         """Table 3 and its tests."""
-        table, found = [[BASE, "0", *self.spreads(self.base, BESIDE), ""]], {}
-        for method in METHODS:
-            found[method], measured = self.crossings(method)
-            cells = [with_spread([line["step"] for line in found[method]], "{:.0f}", "{:.0f}"),
-                     *(with_spread([line["measures"][name] for line in found[method]]) for name in BESIDE)]
-            if measured and not found[method]:
-                cells = ["not reached"] * len(cells)
-            table.append([NAMES[method], *cells, f"{len(found[method])} of {measured}"])
-        return markdown(["", "step", *BESIDE, "concepts that reach it"], table), compared(found, BESIDE)
+        table, found = [[BASE, "0", *cells(self.results.of(self.base), BESIDE), ""]], {}
+        for method, name in NAMES.items():
+            found[name], measured = self.crossings(method)
+            row = [*cells(found[name], ["step"], "{:.0f}"), *cells(found[name], BESIDE)]
+            if measured and not found[name]:
+                row = ["not reached"] * len(row)
+            table.append([name, *row, f"{len(found[name])} of {measured}"])
+        return [markdown(["", "step", *BESIDE, "concepts that reach it"], table),
+                "Paired differences, over concepts:", compared(found, BESIDE)]
 
-    # ---------------------------------------------------------------------------------------------- other tables
     def learning_rates(self) -> str:
         """What was tried, and what was chosen."""
-        rates, fixed, table = self.settings.rates, dict(self.settings.fixed), []
-        for method in METHODS:
-            if method in fixed:
-                cells = ["not tried"] * len(rates) + [f"{fixed[method]:g} (given)"]
-            else:
-                chosen = self.plan.rates.get(method)
-                cells = [number(score_of_rate(self.plan, self.results, method, rate)) for rate in rates]
-                cells.append(f"{chosen:g}" if chosen else NOT_RUN)
-            table.append([NAMES[method], *cells])
+        rates, table = self.settings.rates, []
+        for method, name in NAMES.items():
+            given, chosen = method in dict(self.settings.fixed), self.plan.rates.get(method)
+            scores = [score_of_rate(self.plan, self.results, method, rate) for rate in rates]
+            tried = ["not tried" if given else NOT_RUN if score is None else f"{score:.3f}" for score in scores]
+            table.append([name, *tried, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in rates), "chosen"], table)
 
     def curve_table(self, curves: dict[str, Curve], longer: Sequence[int] = ()) -> str:
-        """concept / ordinary / decided of each curve at each step."""
+        """The means of each curve at each of its steps."""
         steps = [0, *self.settings.curve_steps, *longer]
-        table = [[NAMES.get(label, label), *(self.triple(curve.get(step, [])) if step in curve or not curve else ""
-                                             for step in steps)]
-                 for label, curve in curves.items()]
-        return markdown(["step", *map(str, steps)], table)
+        return markdown(["step", *map(str, steps)], [
+            [NAMES.get(label, label), *("" if curve and step not in curve else self.triple(curve.get(step, []))
+                                        for step in steps)] for label, curve in curves.items()])
 
     def learned_at(self, curve: Curve) -> str:
         """The first measured step with `part` of the teacher's concept fidelity, of means over concepts."""
-        goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts), "concept")
-        means = {step: self.mean(asked, "concept") for step, asked in curve.items()}
+        goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts))
+        means = {step: self.mean(asked) for step, asked in curve.items()}
         if goal is None or not means or None in means.values():
             return NOT_RUN
         found = [step for step, mean in sorted(means.items()) if mean >= self.settings.part * goal]
         return str(found[0]) if found else f"later than {max(means)}"
 
-    def lessons(self) -> str:
-        """What each number of the recipe does."""
-        table = []
+    def lessons(self) -> list[str]:
+        """What each number of the recipe does; then rollouts of K steps, sampled with other numbers of steps."""
+        s, table = self.settings, []
         for label, curve in self.plan.curves(LESSONS).items():
-            last = curve.get(self.settings.curve_steps[-1], [])
-            table.append([label, self.learned_at(curve), *self.means(last), *self.cost(last)[1:]])
-        return markdown(["", f"step with {self.settings.part:g} of the teacher's concept", *DRAWN, "passes", "seconds"],
-                        table)
+            last = self.results.of(curve.get(s.curve_steps[-1], []))
+            table.append([label, self.learned_at(curve), *cells(last, DRAWN, spread=False),
+                          *cells(last, COST[1:], "{:.0f}", spread=False)])
+        samplers = [[label, *map(self.triple, row.values())] for label, row in self.plan.samplers().items()]
+        return [markdown(["", f"step with {s.part:g} of the teacher's concept", *DRAWN, *COST[1:]], table),
+                f"{CELL} (teacher's view: concept).",
+                markdown(["sampled with", *(f"{n} steps" for n in s.lesson_samplers)], samplers)]
 
-    def samplers(self) -> str:
-        """Rollouts of K steps, sampled with other numbers of steps."""
-        table = [[label, *(self.means(asked)[0] if label == TEACHER else self.triple(asked) for asked in row.values())]
-                 for label, row in self.plan.samplers().items()]
-        return markdown(["sampled with", *(f"{n} steps" for n in self.settings.lesson_samplers)], table)
-
-    def gentle(self) -> tuple[str, str]:
+    def gentle(self) -> list[str]:
         """Table 1's first seed at the learning rates that were chosen and at a smaller one, and the latter's test."""
-        table, lines = [], {}
+        table, tested = [], {}
         for method in ("sft", "dopsd"):
-            chosen = self.plan.trained(method, self.plan.test, self.settings.steps)
-            for asked in (chosen, self.plan.gentle(method)):
-                rate = f", {asked[0].training.lr:g}" if asked else ""
-                table.append([NAMES[method] + rate, *self.spreads(asked, COMPARED)])
-            lines[method] = self.results.of(self.plan.gentle(method))
-        return markdown(["", *COMPARED], table), compared(lines, COMPARED, ("sft",))
+            for rate in (self.plan.rates.get(method), GENTLE):
+                lines = self.results.of(self.plan.trained(method, self.plan.test, self.settings.steps, rate=rate))
+                table.append([NAMES[method] + (f", {rate:g}" if rate else ""), *cells(lines, COMPARED)])
+            tested[NAMES[method]] = lines
+        return [f"Table 1 with seed {self.settings.seeds[0]}, at the chosen rates and at {GENTLE:g}.",
+                markdown(["", *COMPARED], table), f"Paired differences at {GENTLE:g}, over concepts:",
+                compared(tested, COMPARED)]
 
     def validation(self) -> str:
         """The measures on renderings and on damaged ones."""
-        (found,) = self.results.measures([Measurement(Training(VALIDATION))]) or [{}]
-        if not found:
-            return NOT_RUN
-        columns = list(next(iter(found.values())))
-        return markdown(["", *columns], [[name, *(number(row[c]) for c in columns)] for name, row in found.items()])
-
-    # ---------------------------------------------------------------------------------------------- the document
-    def text(self) -> str:
-        s, plan = self.settings, self.plan
-        one, two, three, gentle = (self.comparison("steps"), self.comparison("passes"), self.at_equal_concept(),
-                                   self.gentle())                   # each a table and its tests
-        parts = [
-            "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
-            f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
-            f"{plan.sampler} solver steps. The protocol in words: experiments/README.md. ± is the standard deviation "
-            "over concepts and seeds (base and teacher's view: over concepts).",
-            "## Table 1: equal optimizer steps", one[0],
-            "Paired differences: mean, [95 % bootstrap interval], p of the sign-flip test over pairs of (concept, "
-            "seed); in brackets p over concept means.", one[1],
-            "Concept fidelity by concept, mean over seeds:", self.by_concept(),
-            "## Table 2: equal forward passes", two[0], "Paired differences:", two[1],
-            "## Table 3: equal concept fidelity",
-            f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept: straight lines between steps "
-            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", three[0],
-            "Paired differences, over concepts:", three[1],
-            "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
-            self.learning_rates(), "## Curves", "Each cell: " + " / ".join(DRAWN) + "; mean over "
-            + ", ".join(plan.curve_concepts) + "; one seed."]
-        for title, curves in plan.ablations().items():
-            parts += [f"By {title}:", self.curve_table(curves)]
-        if s.lessons:
-            parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", self.lessons(),
-                      "Each cell: " + " / ".join(DRAWN) + " (teacher's view: concept).", self.samplers(),
-                      "## A smaller learning rate", f"Table 1 with seed {s.seeds[0]}, at the chosen rates and at "
-                      f"{GENTLE:g}.", gentle[0], f"Paired differences at {GENTLE:g}, over concepts:", gentle[1],
-                      "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
-                      "curves.", self.curve_table(plan.curves(CAUSES), [LONGER])]
-        return "\n\n".join([*parts, "## The measures themselves", "On true renderings and on damaged ones:",
-                            self.validation()]) + "\n"
+        for found in self.results.measures([Measurement(Training(VALIDATION))]):
+            return markdown(["", *next(iter(found.values()))],
+                            [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()])
+        return NOT_RUN
 
 
 def crossing(curve: dict[int, list[float]], goal: float) -> list[float] | None:
@@ -236,34 +188,37 @@ def crossing(curve: dict[int, list[float]], goal: float) -> list[float] | None:
     return None
 
 
-def compared(lines: dict[str, list[dict]], measures: Sequence[str], others: Sequence[str] = METHODS[:-1]) -> str:
-    """D-OPSD against other methods, where both have the same concept and seed. lines: of each method."""
-    table = []
-    for method in others:
-        found = [paired(lines["dopsd"], lines[method], measure) for measure in measures]
-        count = next((p.count for p in found if p), 0)
-        table.append([f"D-OPSD - {NAMES[method]}", *map(test_cell, found), str(count)])
-    return markdown(["", *measures, "pairs"], table)
-
-
 # -------------------------------------------------------------------------------------------------- cells and tables
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+def values_of(lines: list[dict], name: str) -> list[float]:
+    """Of a measure, or of what a line costs, where lines have it."""
+    return [found[name] for found in ({**line, **line["measures"]} for line in lines) if name in found]
 
 
-def with_spread(values: list[float], form: str = "{:.3f}", spread_form: str = "{:.3f}") -> str:
+def cells(lines: list[dict], names: Sequence[str], form: str = "{:.3f}", spread: bool = True) -> list[str]:
+    """Mean ± standard deviation, or the mean alone, of each of `names`; empty where lines do not have it."""
+    columns = [values_of(lines, name) for name in names]
+    if not spread:
+        columns = [[fmean(values)] if values else [] for values in columns]
+    return [with_spread(values, form) if values or not lines else "" for values in columns]
+
+
+def with_spread(values: list[float], form: str = "{:.3f}") -> str:
     """Mean ± standard deviation; a single value has none."""
     if not values:
         return NOT_RUN
     mean, spread = mean_and_spread(values)
-    return form.format(mean) + (f" ± {spread_form.format(spread)}" if len(values) > 1 else "")
+    return form.format(mean) + (f" ± {form.replace('+', '').format(spread)}" if len(values) > 1 else "")
 
 
-def number(value: float | None) -> str:
-    return NOT_RUN if value is None else f"{value:.3f}"
+def compared(lines: dict[str, list[dict]], names: Sequence[str]) -> str:
+    """The last method, D-OPSD, against the others, where both have the same concept and seed."""
+    (*others, ours), table = lines, []
+    for other in others:
+        found = [paired(lines[ours], lines[other], name) for name in names]
+        table.append([f"{ours} - {other}", *(str(test or NOT_RUN) for test in found),
+                      str(found[0].count if found[0] else 0)])
+    return markdown(["", *names, "pairs"], table)
 
 
-def test_cell(found: Paired | None) -> str:
-    if found is None:
-        return NOT_RUN
-    return (f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] p {found.p:.4f} ({found.p_concepts:.4f})")
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

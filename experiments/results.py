@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 import train
 from tiny.concepts import Concept
@@ -17,7 +18,6 @@ from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.checkpoints import recipe_of
 from plumbing.files import InputError, append_json_line, model_key, write_bytes
 
-MODEL_PARTS = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
 RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
           "beta")
 
@@ -26,8 +26,9 @@ def facts_of(protocol: dict, concepts: Iterable[Concept], model: Path) -> dict:
     """All that decides the numbers, as JSON: two results files with the same facts may be joined."""
     recipe = {**dataclasses.asdict(recipe_of(model)), "beta": train.Options.beta}
     about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in concepts}
-    return {"protocol": protocol, "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about,
-            "model": model_key(model, *MODEL_PARTS), "metrics": METRICS}
+    key = model_key(model, "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
+    return {"protocol": protocol, "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about, "model": key,
+            "metrics": METRICS}
 
 
 def fingerprint(facts: dict) -> str:
@@ -43,13 +44,15 @@ def difference(theirs, ours, name: str = "") -> str:
     return f"{name} was {theirs} and is now {ours}" if theirs != ours else ""
 
 
-def parsed(text: bytes) -> dict | None:
-    """The object in a line; None if it is not a whole one."""
-    try:
-        content = json.loads(text)
-    except ValueError:                                                  # also of bytes that are no UTF-8
-        return None
-    return content if isinstance(content, dict) else None
+def read(path: Path) -> list[dict]:
+    """The whole lines of a file; half a line, as a crash leaves it, is skipped with a warning."""
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            lines.append(dict(json.loads(text)))
+        except (TypeError, ValueError):                             # no object; no JSON or no UTF-8
+            print(f"warning: {path}, line {number}: not a whole line; skipped", file=sys.stderr)
+    return lines
 
 
 class Results:
@@ -57,37 +60,24 @@ class Results:
 
     def __init__(self, path: Path, facts: dict | None = None) -> None:
         """facts: the settings now; None takes those of the file, to look only. Raises InputError; writes nothing."""
-        self.path, self.measured = Path(path), {}
-        texts = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        self.whole, lines = [], []
-        for number, text in enumerate(texts, 1):
-            content = parsed(text)
-            if content is not None:
-                self.whole.append(text)
-                lines.append(content)
-            elif text.strip():
-                print(f"warning: {self.path}, line {number}: not a whole line; skipped", file=sys.stderr)
+        self.path, lines = Path(path), read(Path(path))
         known = {line["settings"]: line["facts"] for line in lines if "facts" in line}
         if facts is None and not known:
-            raise InputError(f"{self.path}: no results here; run without --report first, or give their --out")
+            raise InputError(f"{path}: no results here; run without --report first, or give their --out")
         facts = list(known.values())[-1] if facts is None else facts
         self.facts = json.loads(json.dumps(facts))                      # as the file has them: lists, no tuples
         self.key = fingerprint(self.facts)
-        for line in lines:
-            if line.get("settings") != self.key:
-                theirs = known.get(line.get("settings"))
-                what = difference(theirs, self.facts) if theirs else f"fingerprint {line.get('settings')}"
-                raise InputError(f"{self.path}: measured with other settings ({what}); give another --out, or remove "
-                                 "this file")
-            if "run" in line:
-                self.measured[measurement_of(line)] = line
-        self.has_header = self.key in known
+        for key in (line.get("settings") for line in lines):
+            if key != self.key:
+                what = difference(known[key], self.facts) if key in known else f"fingerprint {key}"
+                raise InputError(f"{path}: measured with other settings ({what}); give another --out, or remove this "
+                                 "file")
+        self.lines = lines if known else [{"settings": self.key, "facts": self.facts}, *lines]
+        self.measured = {measurement_of(line): line for line in lines if "run" in line}
 
     def open(self) -> None:
         """Make the file ready for new lines: whole ones only, the settings in it."""
-        write_bytes(self.path, b"".join(text + b"\n" for text in self.whole))
-        if not self.has_header:
-            append_json_line(self.path, {"settings": self.key, "facts": self.facts})
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def add(self, line: dict) -> None:
         """One more measurement."""
@@ -116,18 +106,16 @@ def measurement_of(line: dict) -> Measurement:
     return Measurement(training, line["step"], line["sampler"])
 
 
-# ---------------------------------------------------------------------------------------------------- learning rates
 def score_of_rate(plan: Plan, results: Results, method: str, rate: float) -> float | None:
     """Mean over the tuning concepts of concept fidelity minus what ordinary accuracy loses; None until all are there.
 
     What is lost against the base counts, what is gained does not.
     """
-    tuned = results.measures(plan.tuning(method, rate))
-    base = results.measures(plan.reference(BASE, plan.tuning_concepts))
-    count = len(plan.tuning_concepts)
-    if not count or len(tuned) < count or len(base) < count:
+    tuned, base = (results.measures(asked) for asked in (plan.tuning(method, rate),
+                                                         plan.reference(BASE, plan.tuning_concepts)))
+    if not len(tuned) == len(base) == len(plan.tuning_concepts) > 0:
         return None
-    return sum(m["concept"] - max(0.0, b["ordinary"] - m["ordinary"]) for m, b in zip(tuned, base)) / count
+    return fmean(m["concept"] - max(0.0, b["ordinary"] - m["ordinary"]) for m, b in zip(tuned, base))
 
 
 def choose_rates(plan: Plan, results: Results) -> dict[str, float]:
@@ -135,7 +123,7 @@ def choose_rates(plan: Plan, results: Results) -> dict[str, float]:
     rates, given = {}, dict(plan.settings.fixed)
     for method in plan.settings.methods:
         scores = {rate: score_of_rate(plan, results, method, rate) for rate in sorted(plan.settings.rates)}
-        tried = {rate: score for rate, score in scores.items() if score is not None}
+        tried = [rate for rate in scores if scores[rate] is not None]
         if method in given or tried:
-            rates[method] = given[method] if method in given else max(tried, key=tried.get)
+            rates[method] = given.get(method) or max(tried, key=scores.get)
     return rates

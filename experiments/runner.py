@@ -2,8 +2,7 @@
 
 What is measured already is not done again, so an experiment that was stopped goes on. A run is trained in pieces,
 `--steps 10`, then `--resume --steps 25` and so on, and measured between them; train.py makes that the same run as one
-without a stop. Processes share no state, and each has one thread and models of its own, so results do not depend on
-their number.
+without a stop. Processes share no state, so results do not depend on their number.
 """
 import contextlib
 import gc
@@ -18,6 +17,7 @@ import torch
 import lora
 import train
 from experiments.protocol import Job, Training
+from experiments.report import DRAWN
 from experiments.results import Results, line_of
 from plumbing import files, lora_files
 from plumbing.files import ROOT, InputError
@@ -28,18 +28,14 @@ from tiny.score import Judge
 STUDENT = "student.safetensors"     # what train.py makes
 
 
-# ---------------------------------------------------------------------------------------------------- one job
 class Laboratory:
     """Trains and measures; one per process."""
 
     def __init__(self, model: Path, runs: Path, examiner: Callable, number: int = 0) -> None:
         """runs: folder of training runs. examiner(judge) gives what measures: (measurement, adapter) -> measures.
-
-        number: of the process; each has a cache of its own, as two may not write the same file at once.
-        """
+        number: of the process; each has a cache of its own, as two may not write the same file at once."""
         torch.set_num_threads(1)
-        self.model, self.runs, self.cache = model, runs, runs / f"cache{number}"
-        self.judge = Judge(model)
+        self.model, self.runs, self.cache, self.judge = model, runs, runs / f"cache{number}", Judge(model)
         self.examine = examiner(self.judge)
 
     def log(self, job: Job) -> Path:
@@ -58,19 +54,16 @@ class Laboratory:
     def train(self, job: Job, step: int) -> tuple[float, lora.Adapter]:
         """Train or continue until `step`; seconds that all steps so far took, and the student."""
         folder = self.runs / job.training.name
-        saved = [saved_step(folder / name) for name in (STATE, STUDENT)]
+        saved = {saved_step(folder / name) for name in (STATE, STUDENT)}
         if max(saved) > step:                                       # its measurement was lost: start anew
             shutil.rmtree(folder)
-            saved = [0, 0]
-        if saved != [step, step]:
+        if saved != {step}:
             words = [*job.words, "--model", str(self.model), "--out", str(folder), "--cache", str(self.cache),
-                     *train_words(job.training, step), *(["--resume"] if saved[0] else [])]
+                     *train_words(job.training, step), *(["--resume"] if saved_step(folder / STATE) else [])]
             folder.mkdir(parents=True, exist_ok=True)
-            with (open(self.log(job), "a") as file, contextlib.redirect_stdout(file),
-                  contextlib.redirect_stderr(file)):
-                status = train.main(words)
-            if status == 130:
-                raise KeyboardInterrupt
+            with (open(self.log(job), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+                if train.main(words) == 130:
+                    raise KeyboardInterrupt
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         return (sum(line["seconds"] for line in lines if line["step"] <= step),
                 lora_files.load(folder / STUDENT, self.judge.net))
@@ -91,7 +84,6 @@ def saved_step(path: Path) -> int:
         return int((file.metadata() or {}).get("step", 0))
 
 
-# ---------------------------------------------------------------------------------------------------- all jobs
 def perform(title: str, jobs: list[Job], results: Results, workers: int, make: Callable) -> list[str]:
     """Do the jobs, keep every line as it comes and print it; the names of what failed. make: see `work`."""
     count, done, failed = sum(len(job.measurements) for job in jobs), 0, []
@@ -101,20 +93,14 @@ def perform(title: str, jobs: list[Job], results: Results, workers: int, make: C
             if isinstance(message, dict):
                 results.add(message)
                 done += 1
-                print(f"  {done}/{count}  {in_words(message, results)}", flush=True)
+                usual, found = results.facts["recipe"]["inference_steps"], message["measures"]
+                sampler = "" if message["sampler"] == usual else f", {message['sampler']} solver steps"
+                print(f"  {done}/{count}  {message['run']}, step {message['step']}{sampler}",
+                      *(f" {name} {found[name]:.3f}" for name in DRAWN if name in found), flush=True)
             elif message is not None:
                 failed.append(job.training.name)
                 print(f"error: {job.training.name}: {message}", file=sys.stderr, flush=True)
     return failed
-
-
-def in_words(line: dict, results: Results) -> str:
-    """The most important of a line."""
-    shown = [f"{name} {line['measures'][name]:.3f}" for name in ("concept", "ordinary", "ordinary, decided")
-             if name in line["measures"]]
-    usual = line["sampler"] == results.facts["recipe"]["inference_steps"]
-    sampler = "" if usual else f", {line['sampler']} solver steps"
-    return f"{line['run']}, step {line['step']}{sampler}  {'  '.join(shown)}"
 
 
 def exit_status(failed: list[str]) -> int:

@@ -1,9 +1,6 @@
 """The experiments on the embedded model: D-OPSD beside its alternatives, with spread, tests and ablations.
 
-    python -m experiments.table --workers 2                 # tables and curves; experiments/README.md says how long
-    python -m experiments.table --workers 2 --lessons       # and what the numbers of the recipe do
-    python -m experiments.table --quick --workers 2         # a small version, about ten minutes
-    python -m experiments.table --report                    # tables and figures again, from results.jsonl
+    python -m experiments.table --workers 2             # experiments/README.md says how long, and what else there is
 
 Starting again goes on where it stopped; so does Ctrl-C and starting again. Writes results.jsonl, tables.md, curves.png
 and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) can be deleted when all is measured.
@@ -11,14 +8,12 @@ and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) c
 if not __package__:
     import as_module  # noqa: F401
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from tiny import concepts as drawing
-from experiments import figures
-from tiny.concepts import Concept
+from experiments.figures import draw_curves, draw_panel
 from experiments.measure import Examiner
 from experiments.protocol import FULL, METHODS, QUICK, Plan, Settings, left
 from experiments.report import Report
@@ -45,20 +40,16 @@ class Options:
     out: str | None = option(None, "folder of results; default experiments/results, with --quick out/quick-table")
 
 
-def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[Concept]:
-    """The test concepts, or the user's instead, then the tuning concepts; the drawn ones are written below `out`.
-
-    Raises InputError.
-    """
-    render, seed, parent = Renderer(), settings.draw_seed, out / "concepts"
-    test, tuning = drawing.draw_concepts(settings.objects, settings.styles, settings.tuning_objects, seed)
+def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.Concept]:
+    """The test concepts or the user's, then the tuning concepts; drawn ones go below `out`. Raises InputError."""
+    render = Renderer()
+    write = partial(drawing.write, parent=out / "concepts", seed=settings.draw_seed, render=render)
+    test, tuning = drawing.draw_concepts(settings.objects, settings.styles, settings.tuning_objects, settings.draw_seed)
     reader = Reader(render) if folders else None
-    found = [drawing.read(folder, reader) for folder in folders] or \
-        [drawing.write(kind, row, parent, seed, render) for kind, row in test]
-    if {method for method, _ in settings.fixed} < set(METHODS):                 # else nothing is tuned
+    found = [drawing.read(folder, reader) for folder in folders] or [write(kind, row) for kind, row in test]
+    if dict(settings.fixed).keys() < set(METHODS):                              # else nothing is tuned
         words = [concept.words for concept in found]
-        found += [drawing.write(kind, row, parent, seed, render, tuning=True) for kind, row in tuning
-                  if drawing.described(kind, row) not in words]
+        found += [write(kind, row, tuning=True) for kind, row in tuning if drawing.described(kind, row) not in words]
     for i, concept in enumerate(found):
         if concept.name in [other.name for other in found[:i]]:
             raise InputError(f"{concept.folder}: a second concept of the name {concept.name}; rename the folder")
@@ -66,11 +57,10 @@ def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[Concept]
 
 
 def write_report(results: Results, out: Path) -> None:
-    """tables.md and the figures."""
-    report = Report(results)
-    write_bytes(out / "tables.md", report.text().encode())
-    for path in [out / "tables.md", *figures.draw(report, out)]:
-        print(path)
+    """tables.md and the figures, as far as there is something to show."""
+    report, tables = Report(results), out / "tables.md"
+    write_bytes(tables, report.text().encode())
+    print(tables, *draw_curves(report, out / "curves.png"), *draw_panel(report, out / "panel.png"), sep="\n")
 
 
 def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED, folders: list[Path] = (),
@@ -90,9 +80,7 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     failed = do("first part", plan.first_part())
     plan.rates = choose_rates(plan, results)
     print("learning rates:", ", ".join(f"{name} {rate:g}" for name, rate in plan.rates.items()) or "none", flush=True)
-    failed += do("second part", plan.second_part())
-    if lessons:
-        failed += do("lessons", plan.third_part())
+    failed += do("second part", plan.second_part()) + (do("lessons", plan.third_part()) if lessons else [])
     write_report(results, out)
     return exit_status(failed)
 
@@ -105,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         write_report(Results(out / "results.jsonl"), out)
         return 0
-    settings = dataclasses.replace(QUICK if options.quick else FULL, methods=tuple(options.method) or METHODS)
+    settings = replace(QUICK if options.quick else FULL, methods=tuple(options.method) or METHODS)
     return run(settings, out, options.workers, model_folder(options.model), [Path(f) for f in options.concept],
                options.lessons)
 
