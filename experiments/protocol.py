@@ -149,8 +149,9 @@ class Plan:
         self.early_steps = [0, *(step for step in EARLY if step < settings.steps), settings.steps]
         self.test = [name for name, facts in concepts.items() if not facts["tuning"]]
         self.tuning_concepts = [name for name, facts in concepts.items() if facts["tuning"]]
-        of_kind = {kind: [name for name in self.test if concepts[name]["kind"] == kind] for kind in ("object", "style")}
-        self.curve_concepts = of_kind["object"][:settings.curve_objects] + of_kind["style"][:settings.curve_styles]
+        objects = [name for name in self.test if concepts[name]["kind"] == "object"]
+        styles = [name for name in self.test if concepts[name]["kind"] == "style"]
+        self.curve_concepts = objects[:settings.curve_objects] + styles[:settings.curve_styles]
 
     def passes(self, training: Training, steps: int = 1) -> int:
         """Forward passes of so many optimizer steps."""
@@ -251,15 +252,13 @@ class Plan:
 
     def jobs(self, parts: dict[str, list[Measurement]], data: dict[str, Path]) -> list[Job]:
         """The trainings of `parts`, long ones first (the end then comes evenly). data: folder of each concept."""
-        groups: dict[Measurement, tuple[str, ...]] = {}
+        groups: dict[Training, dict[Measurement, list[str]]] = {}
         for part, measurements in parts.items():
             for m in dict.fromkeys(measurements):
-                groups[m] = (*groups.get(m, ()), part)
-        measured: dict[Training, list[Measurement]] = {}
-        for m in groups:
-            measured.setdefault(m.training, []).append(replace(m, groups=groups[m]))
+                groups.setdefault(m.training, {}).setdefault(m, []).append(part)
         jobs = []
-        for training, measurements in measured.items():
+        for training, found in groups.items():
+            measurements = [replace(m, groups=tuple(names)) for m, names in found.items()]
             in_order = tuple(sorted(measurements, key=lambda m: (m.step, m.sampler)))
             words = ("--data", str(data[training.concept])) if training.is_trained else ()
             kind = self.concepts[training.concept]["kind"] if training.concept else ""

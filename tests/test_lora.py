@@ -66,6 +66,26 @@ def test_new_adapter_changes_nothing_and_is_reproducible(model):
     assert not torch.equal(new.parameters()[0], other.parameters()[0])
 
 
+def test_sum_and_average_against_dense_matrices(model):
+    first, second = fill_b(lora.create(model, 3, 6, seed=1), 1), fill_b(lora.create(model, 2, 1, seed=2), 2)
+    missing = next(iter(first.weights))
+    second = lora.Adapter({name: pair for name, pair in second.weights.items() if name != missing}, 2, 1)
+
+    def change(adapter: lora.Adapter, name: str):
+        A, B = adapter.weights[name]
+        return adapter.scale * B @ A
+    for weight in (1.0, 0.5):
+        found = lora_files.combined([first, second], weight)
+        assert found.weights.keys() == first.weights.keys() and found.scale == 1
+        for name in found.weights:
+            dense = change(first, name) + (change(second, name) if name != missing else 0)
+            torch.testing.assert_close(change(found, name), weight * dense)
+    assert not any(tensor.requires_grad for tensor in found.parameters())
+    doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
+    torch.testing.assert_close(velocity(model, lora_files.combined([first, first])), velocity(model, doubled),
+                               rtol=1e-4, atol=1e-4)
+
+
 def test_every_gradient_equals_peft(model, adapter):
     theirs = reference()
     theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))

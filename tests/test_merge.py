@@ -1,4 +1,4 @@
-"""experiments/merge.py on a small random model, sums of adapters, captions."""
+"""experiments/merge.py on a small random model, captions."""
 import dataclasses
 import json
 import shutil
@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_b, random_transformer
 
 import data
-import lora
 from experiments import merge, runner
-from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
+from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of
 from experiments.protocol import METHODS, left
 from experiments.results import Results
 from plumbing.checkpoints import EMBEDDED, recipe_of
@@ -162,28 +160,6 @@ def test_a_failing_run_is_one_line(quick_start, checkpoint, tmp_path, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------- parts
-def test_sum_and_average_against_dense_matrices():
-    model = random_transformer()
-    first, second = fill_b(lora.create(model, 3, 6, seed=1), 1), fill_b(lora.create(model, 2, 1, seed=2), 2)
-    missing = next(iter(first.weights))
-    second = lora.Adapter({name: pair for name, pair in second.weights.items() if name != missing}, 2, 1)
-
-    def change(adapter: lora.Adapter, name: str):
-        A, B = adapter.weights[name]
-        return adapter.scale * B @ A
-    for weight in (1.0, 0.5):
-        found = combined([first, second], weight)
-        assert found.weights.keys() == first.weights.keys() and found.scale == 1
-        for name in found.weights:
-            dense = change(first, name) + (change(second, name) if name != missing else 0)
-            torch.testing.assert_close(change(found, name), weight * dense)
-    assert not any(tensor.requires_grad for tensor in found.parameters())
-    x, context = torch.randn(1, 8, 16, 16, generator=seeded(3)), [torch.randn(5, 128, generator=seeded(4))]
-    doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
-    torch.testing.assert_close(model.velocity(x, 0.7, context, combined([first, first])),
-                               model.velocity(x, 0.7, context, doubled), rtol=1e-4, atol=1e-4)
-
-
 def test_concepts_and_captions(tmp_path):
     found = merge.prepare(FULL, tmp_path)
     assert [c.kind for c in found] == ["object"] * 3 + ["style"]
@@ -220,7 +196,7 @@ def test_the_image_teacher_understands_class_words(tmp_path):
 
 def test_all_runs_by_hand(tmp_path):
     found = merge.prepare(QUICK, tmp_path)
-    plan = Plan(FULL, tuple(found), recipe_of(EMBEDDED), tmp_path / "runs")
+    plan = Plan(FULL, found, recipe_of(EMBEDDED), tmp_path / "runs")
     first, second = plan.jobs()
     assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
     points = [point for job in first + second for point in job.measurements]
