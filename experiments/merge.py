@@ -4,15 +4,14 @@
     python -m experiments.merge --quick --workers 2     # one seed, few steps and prompts
     python -m experiments.merge --report                # the table again, from merge.jsonl
 
-1. One adapter for each of three held-out objects and a held-out style: D-OPSD (arXiv 2605.05204), the recipe's values.
-2. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as many
-   rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises.
-Measured are the concepts, on new prompts with [V], and ordinary prompts, the same for all. Pictures are drawn with the
-model's own solver steps on the ODE, whatever noise a student's rollouts had.
+D-OPSD (arXiv 2605.05204) with the recipe's values makes an adapter for each of three held-out objects and a held-out
+style. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as
+many rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises. Pictures are
+drawn with the model's own solver steps on the ODE, whatever noise a student's rollouts had.
 
 Differs from the paper: its teachers come from reinforcement learning and each has a reward; ours each know a concept.
-In one model all concepts would be called "[V]", so captions name an object's class, too, as DreamBooth's "a [V] dog"
-does: "a big [V] star on mint". So the shape, a quarter of an object's fidelity, is told to the base as well.
+All concepts are called "[V]", so captions name an object's class, too, as DreamBooth's "a [V] dog" does: "a big [V]
+star on mint". So the shape, a quarter of an object's fidelity, is told to the base as well.
 
 Starting again goes on where it stopped. Writes merge.jsonl and merge.md; runs/ and concepts/ can be deleted at the end.
 """
@@ -24,8 +23,6 @@ from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import data
 import lora
@@ -41,7 +38,7 @@ from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
 from tiny import concepts as drawing
 from tiny.concepts import Concept
-from tiny.score import Judge, Prompts, concept_prompts, new_captions, of_concept, of_ordinary, ordinary_prompts
+from tiny.score import Judge, Prompts, named_captions, named_prompts, of_concept, of_ordinary, ordinary_prompts
 from tiny.world import COLUMN, Renderer
 
 USUAL = ("ordinary", "ordinary, decided")  # of the table; the lines have all of tiny/score.py
@@ -86,16 +83,10 @@ QUICK = Settings(seeds=(0,), teacher_steps=60, rounds=40, concept_prompts=16, or
 
 
 # ------------------------------------------------------------------------------------------------- concepts and texts
-def new_prompts(concept: Concept, settings: Settings) -> Prompts:
-    """What a concept is measured on."""
-    g = data.generator(settings.draw_seed, "concept prompts", concept.name)
-    return concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g, named=True)
-
-
-def captions_of(concept: Concept, settings: Settings) -> list[str]:
-    """What a concept is learned from, with its teacher. None is a test prompt."""
-    g, tested = data.generator(settings.draw_seed, "captions", concept.name), new_prompts(concept, settings).captions
-    return new_captions(concept.kind, torch.tensor(concept.row), settings.captions, g, besides=tested)
+def texts_of(concept: Concept, settings: Settings) -> tuple[Prompts, list[str]]:
+    """What a concept is measured on, and the captions, none of them a test prompt, that it is taught with."""
+    prompts = named_prompts(concept, settings.concept_prompts, settings.draw_seed)
+    return prompts, named_captions(concept, settings.captions, settings.draw_seed, besides=prompts.captions)
 
 
 def captions_folder(concept: Concept) -> Path:
@@ -109,7 +100,7 @@ def prepare(settings: Settings, parent: Path) -> list[Concept]:
     render, found = Renderer(), []
     for kind, row in [*objects, style]:
         concept = drawing.write(kind, row, parent / "pictures", settings.draw_seed, render, named=True)
-        lines = [json.dumps({"text": text}) + "\n" for text in captions_of(concept, settings)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts_of(concept, settings)[1]]
         write_bytes(captions_folder(concept) / "metadata.jsonl", "".join(lines).encode())
         found.append(concept)
     return found
@@ -166,11 +157,11 @@ class Examiner:
 
     def __init__(self, plan: Plan, judge: Judge) -> None:
         self.plan, self.judge, settings = plan, judge, plan.settings
-        self.prompts = {c.name: new_prompts(c, settings) for c in plan.concepts}    # the same for all methods and seeds
-        self.prompts[""] = ordinary_prompts(settings.ordinary_prompts,
-                                            data.generator(settings.draw_seed, "ordinary prompts"))
+        self.prompts = {c.name: texts_of(c, settings)[0] for c in plan.concepts}
+        g = data.generator(settings.draw_seed, "ordinary prompts")
+        self.prompts[""] = ordinary_prompts(settings.ordinary_prompts, g)
         self.inputs = {name: judge.inputs(prompts, data.generator(settings.draw_seed, "noise", name))
-                       for name, prompts in self.prompts.items()}
+                       for name, prompts in self.prompts.items()}           # the same for all methods and seeds
 
     def __call__(self, measurement: Measurement, adapter: lora.Adapter | None) -> dict[str, float]:
         training, measures = measurement.training, {}
@@ -191,12 +182,11 @@ def table(results: Results) -> str:
     for label, (method, options) in ROWS.items():
         lines = [line for line in results.measured.values()
                  if (line["method"], line["options"]) == (method, dict(options))]
-        of_concepts = [[line for line in lines if line["concept"] == name] for name in concepts]
         usual = len(concepts) if label == TEACHER else 1            # lines with ordinary prompts, for one seed
-        costs = [max((line[cost] for line in lines), default=0) for cost in ("step", "passes")]
-        rows.append([label, *(spread(found, "concept") for found in of_concepts),
-                     spread(lines, "concept", len(concepts)), *(spread(lines, measure, usual) for measure in USUAL),
-                     *(str(cost or "") for cost in costs)])
+        cells = [spread([line for line in lines if line["concept"] == name], "concept") for name in concepts]
+        cells += [spread(lines, "concept", len(concepts)), *(spread(lines, name, usual) for name in USUAL)]
+        rows.append([label, *cells, *(str(max((line[cost] for line in lines), default=0) or "")
+                                      for cost in ("step", "passes"))])
     head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *USUAL, "steps", "passes"]
     about = (f"Settings {results.key}, seeds {', '.join(map(str, s['seeds']))}: {s['concept_prompts']} prompts with "
              f"[V] for each concept, {s['ordinary_prompts']} ordinary ones. Concept columns: share of the concept's "
@@ -231,7 +221,7 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
     teacher = plan.job(TEACHER, concept=concepts[0])
     facts = facts_of(asdict(settings), concepts, model)
     facts |= {"teachers": {"lr": teacher.training.lr, "steps": teacher.step},
-              "captions": {c.name: fingerprint({"texts": captions_of(c, settings)}) for c in concepts}}
+              "captions": {c.name: fingerprint({"texts": texts_of(c, settings)[1]}) for c in concepts}}
     results = Results(out / "merge.jsonl", facts)
     results.open()
     plan.runs = out / "runs" / f"merge-{results.key}"               # other settings have other runs

@@ -138,11 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     texts = [row.captions[0] for row in data.read_folder(options.data, captions_suffice=True)]
     judge, recipe = Judge(folder), recipe_of(folder)
     teacher = lora_files.load(Path(options.lora), judge.net)
-    student = lora.create(judge.net, recipe.rank, recipe.alpha, options.seed)
-    if options.student:
-        student = lora_files.load(Path(options.student), judge.net)
-        for tensor in student.parameters():
-            tensor.requires_grad_()
+    student = lora.create(judge.net, recipe.rank, recipe.alpha, options.seed) if options.student is None else \
+        lora_files.load(Path(options.student), judge.net)
+    for tensor in student.parameters():
+        tensor.requires_grad_()
     noises = judge.noise(options.samples, data.generator(options.seed, "noise"))
     sigmas = sigma_grid(shift_rule(folder)(recipe.rollout_steps, *noises.shape[2:]), recipe.rollout_steps)
     rows = measure(judge.net, judge.features.contexts(texts), noises, sigmas, teacher, student, options.noise,

@@ -9,7 +9,7 @@ import torch
 
 import data
 from experiments import merge, runner
-from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of
+from experiments.merge import FULL, QUICK, ROWS, Plan, Settings
 from experiments.protocol import METHODS, left
 from experiments.results import Results
 from plumbing.checkpoints import EMBEDDED, recipe_of
@@ -171,9 +171,10 @@ def test_concepts_and_captions(tmp_path):
         shown = [row.captions[0] for row in data.read_folder(concept.folder)]
         folder = merge.captions_folder(concept)
         texts = [row.captions[0] for row in data.read_folder(folder, captions_suffice=True)]
-        tested = merge.new_prompts(concept, FULL).captions
+        prompts, captions = merge.texts_of(concept, FULL)
+        tested = prompts.captions
         assert len(shown) == 4 and len(set(texts)) == len(texts) == 40 and not set(texts) & set(tested)
-        assert texts == captions_of(concept, FULL)
+        assert texts == captions
         for text in shown + texts + tested:
             assert text.count("[V]") == 1
             assert f"[V] {shape}" in text if concept.kind == "object" else text.endswith("in [V] style")
@@ -186,7 +187,7 @@ def test_the_image_teacher_understands_class_words(tmp_path):
     asked = dataclasses.replace(QUICK, concept_prompts=4)
     judge = Judge(EMBEDDED)
     for concept in found:
-        prompts = merge.new_prompts(concept, asked)
+        prompts, _ = merge.texts_of(concept, asked)
         pictures = [to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)]
         contexts = judge.features.contexts(prompts.captions, torch.cat(pictures))
         drawn = judge.draw(contexts, judge.noise(4, seeded(0)))

@@ -26,6 +26,7 @@ from plumbing.files import InputError, write_json
 from plumbing.pictures import crop, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
 from rollout import Velocity
+from tiny.concepts import Concept
 from tiny.contexts import load_features
 from tiny.evaluate import in_batches
 from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, whole
@@ -80,10 +81,17 @@ def concept_prompts(kind: str, concept: Tensor, count: int, g: torch.Generator, 
     return Prompts(rows, [caption(row, concept=kind, named=named) for row in rows], [], kind)
 
 
-def new_captions(kind: str, concept: Tensor, count: int, g: torch.Generator, besides: Container[str]) -> list[str]:
-    """Different captions with [V] and an object's shape, many of which leave something open; none is in `besides`."""
-    rows = new_scenes(kind, concept, 16 * count, g)
-    texts = dict.fromkeys(caption(row, random_tell(g), kind, named=True) for row in rows)
+def named_prompts(concept: Concept, count: int, seed: int) -> Prompts:
+    """New prompts with [V] and the shape of an object."""
+    g = data.generator(seed, "concept prompts", concept.name)
+    return concept_prompts(concept.kind, torch.tensor(concept.row), count, g, named=True)
+
+
+def named_captions(concept: Concept, count: int, seed: int, besides: Container[str]) -> list[str]:
+    """Different captions of new scenes, named likewise, many of which leave something open; none is in `besides`."""
+    g = data.generator(seed, "captions", concept.name)
+    rows = new_scenes(concept.kind, torch.tensor(concept.row), 16 * count, g)
+    texts = dict.fromkeys(caption(row, random_tell(g), concept.kind, named=True) for row in rows)
     return [text for text in texts if text not in besides][:count]
 
 
