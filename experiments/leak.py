@@ -13,20 +13,14 @@ if not __package__:
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-import lora
 from experiments.report import markdown
 from plumbing.checkpoints import model_folder, recipe_of
 from plumbing.files import InputError
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
-from tiny.evaluate import in_batches
-from tiny.metrics import fidelity, told_accuracy, told_names
-from tiny.models import grid_of
-from tiny.score import Judge, Prompts, adapters, concept_of, concept_prompts, ordinary_prompts
-from tiny.world import ATTRIBUTES, COLUMN, OBJECT_ATTRIBUTES, generator
+from tiny.metrics import leaked
+from tiny.score import Judge, adapters, concept_of, concept_prompts, of_concept, of_ordinary, ordinary_prompts
+from tiny.world import generator
 
 
 @dataclass
@@ -38,35 +32,6 @@ class Options:
     seed: int = option(0, "of prompts and noises")
 
 
-def told_object(prompts: Prompts) -> Tensor:
-    """(n, 4) bool: which attributes of an object each ordinary prompt says."""
-    return torch.tensor([[name in told_names(tell) for name in OBJECT_ATTRIBUTES] for tell in prompts.told])
-
-
-def leak(rows: Tensor, prompts: Prompts, concept: Tensor) -> tuple[float, float]:
-    """(share of wrong attributes that have the concept's value, what guessing among the wrong values gives).
-
-    rows (n, 9): read from pictures; concept (9,). Only said attributes count whose right value is not the concept's.
-    """
-    columns = [COLUMN[name] for name in OBJECT_ATTRIBUTES]
-    got, asked, wanted = rows[:, columns], prompts.rows[:, columns], concept[columns]
-    wrong = told_object(prompts) & (got != asked) & (asked != wanted)
-    values = torch.tensor([len(ATTRIBUTES[name]) for name in OBJECT_ATTRIBUTES])
-    count = max(1, int(wrong.sum()))
-    return float((wrong & (got == wanted)).sum()) / count, float((wrong / (values - 1)).sum()) / count
-
-
-def draw(judge: Judge, contexts: list, noise: Tensor, sigmas: Tensor, adapter: lora.Adapter | None, active: set[int]
-         ) -> Tensor:
-    """Pictures (n, 3, 64, 64), with the adapter at the solver steps `active`."""
-    levels = {sigma for k, sigma in enumerate(sigmas.tolist()) if k in active}
-
-    def walk_of(part: list):
-        return lambda x, sigma: judge.net.velocity(x, sigma, part, adapter if sigma in levels else None)
-    return in_batches(walk_of, judge.vae, contexts, noise, sigmas)
-
-
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     options = parse(Options, argv, "Where a tuned adapter changes ordinary prompts.")
     folder = model_folder(options.model)
@@ -76,21 +41,17 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{options.data}: a style; give the folder of an object")
     found = adapters(options.lora, judge.net)
     new, usual = concept_prompts(kind, concept, options.prompts, g), ordinary_prompts(options.prompts, g)
-    said, asked = judge.features.contexts(new.captions), judge.features.contexts(usual.captions)
-    noise_new, noise_usual = (judge.noise(options.prompts, g) for _ in range(2))
-    steps = recipe_of(folder).inference_steps
-    sigmas = grid_of(judge.net, steps)
-    everywhere = set(range(steps))
-    switched = {"all": everywhere, "the first": {0}, "all but the first": everywhere - {0}, "the last": {steps - 1}}
-    rows = [("base", None, "none", set())] + [(name, adapter, label, active) for name, adapter in found.items()
-                                              for label, active in switched.items()]
+    inputs = [judge.inputs(prompts, g) for prompts in (new, usual)]
+    steps = list(range(recipe_of(folder).inference_steps))
+    switched = {"all": steps, "the first": steps[:1], "all but the first": steps[1:], "the last": steps[-1:]}
+    rows = [("base", None, "none", [])] + [(name, adapter, label, active) for name, adapter in found.items()
+                                           for label, active in switched.items()]
     table = []
     for name, adapter, label, active in rows:
-        drawn_new = judge.reader(draw(judge, said, noise_new, sigmas, adapter, active))
-        drawn = judge.reader(draw(judge, asked, noise_usual, sigmas, adapter, active))
-        share, guess = leak(drawn.rows, usual, concept)
-        table.append([name, label, f"{fidelity(drawn_new.rows, new.rows, kind):.3f}",
-                      f"{told_accuracy(drawn.rows, usual.rows, usual.told):.3f}", f"{share:.2f}", f"{guess:.2f}"])
+        of_new, of_usual = (judge.reader(judge.draw(*each, adapter, len(steps), active)) for each in inputs)
+        share, guess = leaked(of_usual.rows, usual.rows, usual.told, concept)
+        table.append([name, label, f"{of_concept(of_new, new)['concept']:.3f}",
+                      f"{of_ordinary(of_usual, usual)['ordinary']:.3f}", f"{share:.2f}", f"{guess:.2f}"])
     print(markdown(["", "adapter at steps", "concept", "ordinary", "concept's", "by guessing"], table))
     return 0
 

@@ -4,48 +4,44 @@
     python -m experiments.merge --quick --workers 2     # one seed, few steps and prompts
     python -m experiments.merge --report                # the table again, from merge.jsonl
 
-1. One adapter for each of three held-out objects and a held-out style: D-OPSD (arXiv 2605.05204), the recipe's values.
-2. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as many
-   rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises.
-Measured are the concepts, on new prompts with [V], and ordinary prompts: the same prompts and noises for all. Pictures
-are drawn with the model's own solver steps on the ODE, whatever noise a student's rollouts had.
+D-OPSD (arXiv 2605.05204) with the recipe's values makes an adapter for each of three held-out objects and a held-out
+style. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as
+many rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises. Pictures are
+drawn with the model's own solver steps on the ODE, whatever noise a student's rollouts had.
 
 Differs from the paper: its teachers come from reinforcement learning and each has a reward; ours each know a concept.
-In one model all concepts would be called "[V]", so captions name an object's class, too, as DreamBooth's "a [V] dog"
-does: "a big [V] star on mint". So the shape, a quarter of an object's fidelity, is told to the base as well.
+All concepts are called "[V]", so captions name an object's class, too, as DreamBooth's "a [V] dog" does: "a big [V]
+star on mint". So the shape, a quarter of an object's fidelity, is told to the base as well.
 
 Starting again goes on where it stopped. Writes merge.jsonl and merge.md; runs/ and concepts/ can be deleted at the end.
 """
 if not __package__:
     import as_module  # noqa: F401
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import data
 import lora
-from tiny import concepts as drawing
-from tiny.concepts import Concept
 from experiments.protocol import BASE, METHODS, Job, Measurement, Training, left, passes_per_step
 from experiments.report import markdown, with_spread
 from experiments.results import Results, facts_of, fingerprint
-from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder, saved_step
+from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder
 from plumbing import lora_files
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
 from plumbing.files import check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
-from tiny.score import Judge, Prompts, concept_prompts, new_scenes, of_concept, of_ordinary, ordinary_prompts
-from tiny.world import COLUMN, SHAPES, Renderer, caption, random_tell
+from tiny import concepts as drawing
+from tiny.concepts import Concept
+from tiny.score import Judge, Prompts, named_captions, named_prompts, of_concept, of_ordinary, ordinary_prompts
+from tiny.world import COLUMN, Renderer
 
-MEASURES = ("concept", "ordinary", "ordinary, decided")     # of the table; the lines have all of tiny/score.py
+USUAL = ("ordinary", "ordinary, decided")  # of the table; the lines have all of tiny/score.py
 TEACHER = "teacher alone"
 ROWS = {  # label -> method, options of train.py where they differ from the recipe
     BASE: (BASE, ()),
@@ -86,42 +82,11 @@ FULL = Settings()
 QUICK = Settings(seeds=(0,), teacher_steps=60, rounds=40, concept_prompts=16, ordinary_prompts=40)
 
 
-# ------------------------------------------------------------------------------------------------- adding adapters
-def combined(adapters: list[lora.Adapter], weight: float = 1.0) -> lora.Adapter:
-    """The adapter whose change of every layer is `weight` times the sum of theirs; its rank is the sum of the ranks.
-
-    sum_i s_i B_i A_i = [s_1 B_1 | s_2 B_2 | ...] [A_1; A_2; ...]: exact, nothing is truncated. A layer may be missing
-    in some.
-    """
-    weights = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
-        parts = [(*adapter.weights[name], adapter.scale) for adapter in adapters if name in adapter.weights]
-        weights[name] = (torch.cat([A.detach() for A, _, _ in parts]),                       # (sum of ranks, in)
-                         torch.cat([weight * scale * B.detach() for _, B, scale in parts], 1))  # (out, sum of ranks)
-    rank = max(len(A) for A, _ in weights.values())
-    return lora.Adapter(weights, rank, alpha=rank)                                           # scale 1
-
-
 # ------------------------------------------------------------------------------------------------- concepts and texts
-def named(kind: str, row: Sequence[int], text: str) -> str:
-    """A caption that says an object's class beside [V]: "a big [V] on mint" -> "a big [V] star on mint"."""
-    return text.replace("[V]", f"[V] {SHAPES[row[COLUMN['shape']]]}") if kind == "object" else text
-
-
-def new_prompts(concept: Concept, settings: Settings) -> Prompts:
-    """New prompts with [V], and what they ask for."""
-    g = data.generator(settings.draw_seed, "concept prompts", concept.name)
-    prompts = concept_prompts(concept.kind, torch.tensor(concept.row), settings.concept_prompts, g)
-    return dataclasses.replace(prompts, captions=[named(concept.kind, concept.row, text) for text in prompts.captions])
-
-
-def captions_of(concept: Concept, settings: Settings) -> list[str]:
-    """Different captions of new scenes with the concept, many of which leave something open. None is a test prompt."""
-    g = data.generator(settings.draw_seed, "captions", concept.name)
-    rows = new_scenes(concept.kind, torch.tensor(concept.row), 16 * settings.captions, g)
-    texts = dict.fromkeys(named(concept.kind, concept.row, caption(row, random_tell(g), concept.kind)) for row in rows)
-    tested = set(new_prompts(concept, settings).captions)
-    return [text for text in texts if text not in tested][:settings.captions]
+def texts_of(concept: Concept, settings: Settings) -> tuple[Prompts, list[str]]:
+    """What a concept is measured on, and the captions, none of them a test prompt, that it is taught with."""
+    prompts = named_prompts(concept, settings.concept_prompts, settings.draw_seed)
+    return prompts, named_captions(concept, settings.captions, settings.draw_seed, besides=prompts.captions)
 
 
 def captions_folder(concept: Concept) -> Path:
@@ -131,13 +96,13 @@ def captions_folder(concept: Concept) -> Path:
 def prepare(settings: Settings, parent: Path) -> list[Concept]:
     """Write the concepts: parent/pictures/NAME, with captions, and parent/captions/NAME, captions alone."""
     (*objects, style), _ = drawing.draw_concepts(50, 1, 0, settings.draw_seed)
-    of_different_shapes = drawing.firsts(objects, lambda found: int(found[1][COLUMN["shape"]]))
+    objects = drawing.firsts(objects, lambda drawn: int(drawn[1][COLUMN["shape"]]))[:settings.objects]
     render, found = Renderer(), []
-    for kind, row in [*of_different_shapes[:settings.objects], style]:
-        found.append(drawing.write(kind, row, parent / "pictures", settings.draw_seed, render,
-                                   say=partial(named, kind, row.tolist())))
-        lines = [json.dumps({"text": text}) + "\n" for text in captions_of(found[-1], settings)]
-        write_bytes(captions_folder(found[-1]) / "metadata.jsonl", "".join(lines).encode())
+    for kind, row in [*objects, style]:
+        concept = drawing.write(kind, row, parent / "pictures", settings.draw_seed, render, named=True)
+        lines = [json.dumps({"text": text}) + "\n" for text in texts_of(concept, settings)[1]]
+        write_bytes(captions_folder(concept) / "metadata.jsonl", "".join(lines).encode())
+        found.append(concept)
     return found
 
 
@@ -146,17 +111,13 @@ def prepare(settings: Settings, parent: Path) -> list[Concept]:
 class Plan:
     """The list of all trainings and measurements, and where their files are."""
     settings: Settings
-    concepts: tuple[Concept, ...]
+    concepts: list[Concept]
     recipe: Recipe
     runs: Path                          # folder of training runs
 
-    @property
-    def teacher_steps(self) -> int:
-        return self.settings.teacher_steps or self.recipe.steps
-
-    def file(self, training: Training) -> Path:
-        """The adapter that a training makes."""
-        return self.runs / training.name / STUDENT
+    def teacher_files(self, seed: int) -> list[Path]:
+        """The adapters of all concepts, in order."""
+        return [self.runs / self.job(TEACHER, seed, c).training.name / STUDENT for c in self.concepts]
 
     def job(self, label: str, seed: int | None = None, concept: Concept | None = None) -> Job:
         """A row of the table for one seed; concept: of a teacher.
@@ -164,20 +125,17 @@ class Plan:
         All but teachers are measured at each concept and then, as concept "", at ordinary prompts.
         """
         method, options = ROWS[label]
-        names = [concept.name] if concept else [*(c.name for c in self.concepts), ""]
         if concept:                                                 # D-OPSD on the four pictures
-            steps, sources, words = self.teacher_steps, [concept.folder], []
+            names, sources, words = [concept.name], [concept.folder], []
+            steps = self.settings.teacher_steps or self.recipe.steps
         else:                                                       # DiffusionOPD: captions suffice
-            steps, sources = self.settings.rounds, [captions_folder(c) for c in self.concepts]
-            words = ["--teacher-lora", *map(self.file, self.teachers(seed))]
+            names, steps = [*(c.name for c in self.concepts), ""], self.settings.rounds
+            sources, words = list(map(captions_folder, self.concepts)), ["--teacher-lora", *self.teacher_files(seed)]
         steps, lr = (steps, self.recipe.lr) if method in METHODS else (0, None)
-        trainings = [Training(method, name, seed, lr, options) for name in names]
+        points = [Measurement(Training(method, name, seed, lr, options), steps, self.recipe.inference_steps)
+                  for name in names]
         passes = len(sources) * self.recipe.accumulate * passes_per_step(method, self.recipe.rollout_steps)
-        return Job(trainings[-1], tuple(Measurement(t, steps, self.recipe.inference_steps) for t in trainings),
-                   ("--data", *map(str, [*sources, *words])), passes, step=steps)
-
-    def teachers(self, seed: int) -> list[Training]:
-        return [self.job(TEACHER, seed, concept).training for concept in self.concepts]
+        return Job(points[-1].training, tuple(points), ("--data", *map(str, [*sources, *words])), passes, step=steps)
 
     def jobs(self) -> tuple[list[Job], list[Job]]:
         """Base and teachers, then what needs the teachers."""
@@ -185,13 +143,13 @@ class Plan:
         return ([self.job(BASE)] + [self.job(TEACHER, seed, concept) for seed in seeds for concept in self.concepts],
                 [self.job(label, seed) for seed in seeds for label in labels])
 
-    def left(self, done: dict) -> tuple[list[Job], list[Job]]:
-        """Of both what is not measured; and, to be trained again, teachers that are needed but whose file is gone."""
+    def left(self, done: Container[Measurement]) -> tuple[list[Job], list[Job]]:
+        """Of both what is not measured, and the teachers of such students: trained again if their files are gone."""
         first, second = self.jobs()
-        students, seeds = left(second, done), {job.training.seed for job in left(second, done)}
-        lost = [dataclasses.replace(job, measurements=()) for job in first if job.training.seed in seeds
-                and job.measurements[0] in done and saved_step(self.file(job.training)) < job.step]
-        return left(first, done) + lost, students
+        students = left(second, done)
+        seeds = {job.training.seed for job in students}
+        needed = [job for job in first if job.training.seed in seeds and job.measurements[0] in done]
+        return left(first, done) + [replace(job, measurements=()) for job in needed], students
 
 
 class Examiner:
@@ -199,24 +157,21 @@ class Examiner:
 
     def __init__(self, plan: Plan, judge: Judge) -> None:
         self.plan, self.judge, settings = plan, judge, plan.settings
-        asked = {c.name: new_prompts(c, settings) for c in plan.concepts}
-        asked[""] = ordinary_prompts(settings.ordinary_prompts, data.generator(settings.draw_seed, "ordinary prompts"))
-        self.questions = {}                                         # the same for all methods and seeds
-        for name, prompts in asked.items():
-            noise = judge.noise(len(prompts.rows), data.generator(settings.draw_seed, "noise", name))
-            self.questions[name] = prompts, judge.features.contexts(prompts.captions), noise
+        self.prompts = {c.name: texts_of(c, settings)[0] for c in plan.concepts}
+        g = data.generator(settings.draw_seed, "ordinary prompts")
+        self.prompts[""] = ordinary_prompts(settings.ordinary_prompts, g)
+        self.inputs = {name: judge.inputs(prompts, data.generator(settings.draw_seed, "noise", name))
+                       for name, prompts in self.prompts.items()}           # the same for all methods and seeds
 
     def __call__(self, measurement: Measurement, adapter: lora.Adapter | None) -> dict[str, float]:
-        training = measurement.training
+        training, measures = measurement.training, {}
         if training.method in ("sum", "average"):
-            teachers = [lora_files.load(self.plan.file(teacher), self.judge.net)
-                        for teacher in self.plan.teachers(training.seed)]
-            adapter = combined(teachers, 1 / len(teachers) if training.method == "average" else 1.0)
-        is_teacher, measures = (training.method, training.options) == ROWS[TEACHER], {}
-        for name in [training.concept, *([""] if is_teacher else [])]:
-            prompts, contexts, noise = self.questions[name]
-            reading = self.judge.reader(self.judge.draw(contexts, noise, adapter, measurement.sampler))
-            measures |= of_concept(reading, prompts) if name else of_ordinary(reading, prompts)
+            teachers = [lora_files.load(file, self.judge.net) for file in self.plan.teacher_files(training.seed)]
+            adapter = lora_files.combined(teachers, 1 / len(teachers) if training.method == "average" else 1.0)
+        is_teacher = (training.method, training.options) == ROWS[TEACHER]
+        for name in [training.concept, ""] if is_teacher else [training.concept]:
+            reading = self.judge.reader(self.judge.draw(*self.inputs[name], adapter, measurement.sampler))
+            measures |= (of_concept if name else of_ordinary)(reading, self.prompts[name])
         return measures
 
 
@@ -225,15 +180,14 @@ def table(results: Results) -> str:
     """merge.md: rows are methods, cells mean ± standard deviation over seeds; "not run" where nothing was measured."""
     concepts, s, rows = results.facts["concepts"], results.facts["protocol"], []
     for label, (method, options) in ROWS.items():
-        lines = [line for m, line in results.measured.items()
-                 if (m.training.method, m.training.options) == (method, options)]
-        cells = [spread([line for line in lines if line["concept"] == name], "concept", 1) for name in concepts]
-        cells += [spread(lines, "concept", len(concepts))]
-        cells += [spread(lines, measure, len(concepts) if label == TEACHER else 1) for measure in MEASURES[1:]]
-        cells += [str(max((line[cost] for line in lines), default=0) or "") for cost in ("step", "passes")]
-        rows.append([label, *cells])
-    head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *MEASURES[1:], "steps",
-            "passes"]
+        lines = [line for line in results.measured.values()
+                 if (line["method"], line["options"]) == (method, dict(options))]
+        usual = len(concepts) if label == TEACHER else 1            # lines with ordinary prompts, for one seed
+        cells = [spread([line for line in lines if line["concept"] == name], "concept") for name in concepts]
+        cells += [spread(lines, "concept", len(concepts)), *(spread(lines, name, usual) for name in USUAL)]
+        rows.append([label, *cells, *(str(max((line[cost] for line in lines), default=0) or "")
+                                      for cost in ("step", "passes"))])
+    head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *USUAL, "steps", "passes"]
     about = (f"Settings {results.key}, seeds {', '.join(map(str, s['seeds']))}: {s['concept_prompts']} prompts with "
              f"[V] for each concept, {s['ordinary_prompts']} ordinary ones. Concept columns: share of the concept's "
              "attributes that are right. ± is the standard deviation over seeds; the base has none. The row of the "
@@ -242,7 +196,7 @@ def table(results: Results) -> str:
     return "\n\n".join(["# Several adapters into one", about, markdown(head, rows)]) + "\n"
 
 
-def spread(lines: list[dict], measure: str, count: int) -> str:
+def spread(lines: list[dict], measure: str, count: int = 1) -> str:
     """Mean ± standard deviation over seeds, of the mean over `count` lines of each; other seeds are not yet whole."""
     by_seed: dict[int | None, list[float]] = {}
     for line in lines:
@@ -262,10 +216,12 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
     """Measure what is missing, then write the table; the exit status. Raises InputError."""
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
-    plan = Plan(settings, tuple(prepare(settings, out / "concepts" / "merge")), recipe_of(model), out / "runs")
-    facts = facts_of(dataclasses.asdict(settings), plan.concepts, model)
-    facts |= {"teachers": {"lr": plan.recipe.lr, "steps": plan.teacher_steps},
-              "captions": {c.name: fingerprint({"texts": captions_of(c, settings)}) for c in plan.concepts}}
+    concepts = prepare(settings, out / "concepts" / "merge")
+    plan = Plan(settings, concepts, recipe_of(model), out / "runs")
+    teacher = plan.job(TEACHER, concept=concepts[0])
+    facts = facts_of(asdict(settings), concepts, model)
+    facts |= {"teachers": {"lr": teacher.training.lr, "steps": teacher.step},
+              "captions": {c.name: fingerprint({"texts": texts_of(c, settings)[1]}) for c in concepts}}
     results = Results(out / "merge.jsonl", facts)
     results.open()
     plan.runs = out / "runs" / f"merge-{results.key}"               # other settings have other runs

@@ -78,10 +78,10 @@ class Training:
     @property
     def name(self) -> str:
         """Of its folder and in the results."""
-        parts = [self.method.replace("'", "").replace(" ", "-"), self.concept]
-        if self.lr is not None:
-            parts += [f"seed{self.seed}", f"lr{self.lr:g}"]
-        return "_".join(part for part in [*parts, *(f"{key}-{value}" for key, value in self.options)] if part)
+        of_run = [] if self.lr is None else [f"seed{self.seed}", f"lr{self.lr:g}"]
+        options = [f"{key}-{value}" for key, value in self.options]
+        method = self.method.replace("'", "").replace(" ", "-")
+        return "_".join(filter(None, [method, self.concept, *of_run, *options]))
 
     @property
     def is_trained(self) -> bool:
@@ -149,8 +149,9 @@ class Plan:
         self.early_steps = [0, *(step for step in EARLY if step < settings.steps), settings.steps]
         self.test = [name for name, facts in concepts.items() if not facts["tuning"]]
         self.tuning_concepts = [name for name, facts in concepts.items() if facts["tuning"]]
-        of_kind = {kind: [name for name in self.test if concepts[name]["kind"] == kind] for kind in ("object", "style")}
-        self.curve_concepts = of_kind["object"][:settings.curve_objects] + of_kind["style"][:settings.curve_styles]
+        objects, styles = ([name for name in self.test if concepts[name]["kind"] == kind]
+                           for kind in ("object", "style"))
+        self.curve_concepts = objects[:settings.curve_objects] + styles[:settings.curve_styles]
 
     def passes(self, training: Training, steps: int = 1) -> int:
         """Forward passes of so many optimizer steps."""
@@ -163,7 +164,6 @@ class Plan:
         K = self.recipe["rollout_steps"]
         return max(1, round(self.settings.steps * passes_per_step("dopsd", K) / passes_per_step(method, K)))
 
-    # -------------------------------------------------------------------------------------------- measurements
     def reference(self, method: str, concepts: Iterable[str]) -> list[Measurement]:
         """Of the base or the teacher's view."""
         return [Measurement(Training(method, concept), 0, self.sampler) for concept in concepts]
@@ -174,8 +174,8 @@ class Plan:
 
         options that only repeat the recipe are left out, so that the training is the one of the tables.
         """
-        own = {**self.recipe, "teacher": "ema", "grad_states": self.recipe["rollout_steps"]}
-        changed = tuple((key, value) for key, value in (options or {}).items() if own[key] != value)
+        usual = {**self.recipe, "teacher": "ema", "grad_states": self.recipe["rollout_steps"]}
+        changed = tuple((key, value) for key, value in (options or {}).items() if usual[key] != value)
         rate = rate or self.rates.get(method)
         return [Measurement(Training(method, concept, seed, rate, changed), step, self.sampler)
                 for concept in concepts for seed in seeds or self.settings.seeds[:1] if rate]
@@ -192,7 +192,6 @@ class Plan:
         """Table 1 at a smaller learning rate, first seed."""
         return self.trained(method, self.test, self.settings.steps, rate=GENTLE)
 
-    # -------------------------------------------------------------------------------------------- curves
     def curve(self, method: str, options: dict | None = None, longer: Iterable[int] = (),
               concepts: Iterable[str] | None = None, steps: Iterable[int] | None = None) -> Curve:
         """First seed; 0 is the base. longer: more steps."""
@@ -218,13 +217,12 @@ class Plan:
 
     def samplers(self) -> dict[str, Curve]:
         """Label -> solver steps -> measured: students of K steps and the references, sampled with other numbers."""
-        found = {f"K = {K}": self.trained("dopsd", self.curve_concepts, self.settings.curve_steps[-1],
-                                          {"rollout_steps": K}) for K in ROLLOUTS}
-        found |= {name: self.reference(name, self.curve_concepts) for name in (BASE, TEACHER)}
+        concepts, last = self.curve_concepts, self.settings.curve_steps[-1]
+        found = {f"K = {K}": self.trained("dopsd", concepts, last, {"rollout_steps": K}) for K in ROLLOUTS}
+        found |= {name: self.reference(name, concepts) for name in (BASE, TEACHER)}
         return {label: {sampler: [replace(m, sampler=sampler) for m in measurements]
                         for sampler in self.settings.lesson_samplers} for label, measurements in found.items()}
 
-    # -------------------------------------------------------------------------------------------- everything
     def first_part(self) -> dict[str, list[Measurement]]:
         """What is measured before learning rates are chosen: part -> measurements."""
         tuned = [method for method in self.settings.methods if method not in dict(self.settings.fixed)]
@@ -251,19 +249,17 @@ class Plan:
 
     def jobs(self, parts: dict[str, list[Measurement]], data: dict[str, Path]) -> list[Job]:
         """The trainings of `parts`, long ones first (the end then comes evenly). data: folder of each concept."""
-        groups: dict[Measurement, tuple[str, ...]] = {}
+        groups: dict[Training, dict[Measurement, list[str]]] = {}
         for part, measurements in parts.items():
             for m in dict.fromkeys(measurements):
-                groups[m] = (*groups.get(m, ()), part)
-        measured: dict[Training, list[Measurement]] = {}
-        for m in groups:
-            measured.setdefault(m.training, []).append(replace(m, groups=groups[m]))
+                groups.setdefault(m.training, {}).setdefault(m, []).append(part)
         jobs = []
-        for training, measurements in measured.items():
-            in_order = tuple(sorted(measurements, key=lambda m: (m.step, m.sampler)))
+        for training, found in groups.items():
+            in_order = sorted(found, key=lambda m: (m.step, m.sampler))
+            measurements = tuple(replace(m, groups=tuple(found[m])) for m in in_order)
             words = ("--data", str(data[training.concept])) if training.is_trained else ()
             kind = self.concepts[training.concept]["kind"] if training.concept else ""
-            jobs.append(Job(training, in_order, words, self.passes(training), kind))
+            jobs.append(Job(training, measurements, words, self.passes(training), kind))
         return sorted(jobs, key=lambda job: -2 * job.passes * job.measurements[-1].step - 300 * len(job.measurements))
 
 

@@ -1,6 +1,6 @@
 """LoRA files as people have them: one `load` for the spellings of PEFT, diffusers, ComfyUI, kohya and others.
 
-Our own files are written by `lora.save`, in diffusers' spelling.
+Our own files are written by `lora.save`, in diffusers' spelling. `combined` adds up what was loaded.
 """
 import json
 import math
@@ -8,6 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora import Adapter
@@ -55,6 +56,21 @@ def load(path: Path | str, model: Transformer) -> Adapter:
         raise InputError(f"{path}: no LoRA in this file; give a LoRA made for this transformer")
     rank = max(len(A) for A, _ in weights.values())
     return Adapter(weights, rank, alpha=rank)
+
+
+def combined(adapters: list[Adapter], weight: float = 1.0) -> Adapter:
+    """The adapter whose change of every layer is `weight` times the sum of theirs; its rank is the sum of the ranks.
+
+    sum_i s_i B_i A_i = [s_1 B_1 | s_2 B_2 | ...] [A_1; A_2; ...]: exact, nothing is truncated. A layer may be missing
+    in some.
+    """
+    weights = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
+        parts = [(*adapter.weights[name], adapter.scale) for adapter in adapters if name in adapter.weights]
+        weights[name] = (torch.cat([A.detach() for A, _, _ in parts]),                       # (sum of ranks, in)
+                         torch.cat([weight * scale * B.detach() for _, B, scale in parts], 1))  # (out, sum of ranks)
+    rank = max(len(A) for A, _ in weights.values())
+    return Adapter(weights, rank, alpha=rank)                                                # scale 1
 
 
 def _check_backbone(path: Path, keys: list[str], own: Backbone) -> None:

@@ -1,4 +1,4 @@
-"""experiments/leak.py: what counts as a leak, by hand, and at which steps an adapter is on."""
+"""experiments/leak.py and what it needs of tiny/: what counts as a leak, and at which steps an adapter is on."""
 from types import SimpleNamespace
 
 import pytest
@@ -8,28 +8,27 @@ import lora
 from experiments import leak
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import ROOT, InputError
-from tiny.score import Judge, Prompts
-from tiny.world import ATTRIBUTES, PATTERNS
-
-
-def scene(**values: str) -> torch.Tensor:
-    return torch.tensor([ATTRIBUTES[name].index(values[name]) if name in values else 0 for name in ATTRIBUTES])
+from tiny.metrics import leaked, told_attributes
+from tiny.models import flux2_grid
+from tiny.score import Judge
+from tiny.world import COLUMN, OBJECT_ATTRIBUTES, PATTERNS, scene
 
 
 def test_what_wrong_attributes_look_like():
     concept = scene(shape="star", pattern="striped", main="red", second="blue")
     asked = scene(shape="heart", pattern="dotted", main="red", second="green")
-    prompts = Prompts(asked.repeat(3, 1), [""] * 3, [("pattern", "main"), ("pattern", "main"), ("main",)], "")
-    assert leak.told_object(prompts).tolist() == [[True] * 4, [True] * 4, [True, False, True, False]]
+    truth, told = asked.repeat(3, 1), [("pattern", "main"), ("pattern", "main"), ("main",)]
+    said = told_attributes(told)[:, [COLUMN[name] for name in OBJECT_ATTRIBUTES]]
+    assert said.tolist() == [[True] * 4, [True] * 4, [True, False, True, False]]
     drawn = torch.stack([scene(shape="star", pattern="dotted", main="pink", second="white"),
                          scene(shape="moon", pattern="striped", main="red", second="green"),
                          scene(shape="heart", pattern="cored", main="red", second="blue")])
     # wrong, said, and not the concept's anyway: shape and second of the first (main: it is the concept's), shape and
     # pattern of the second, nothing of the third, which says neither its pattern nor its second colour
-    share, guess = leak.leak(drawn, prompts, concept)
+    share, guess = leaked(drawn, truth, told, concept)
     assert share == 2 / 4
     assert guess == pytest.approx((2 / 7 + 1 / (len(PATTERNS) - 1) + 1 / 7) / 4)      # eight shapes, eight colours
-    assert leak.leak(prompts.rows, prompts, concept) == (0.0, 0.0)
+    assert leaked(truth, truth, told, concept) == (0.0, 0.0)
 
 
 def test_an_adapter_at_some_steps(capsys, tmp_path):
@@ -49,6 +48,8 @@ def test_an_adapter_is_on_only_at_its_steps():
     seen = []
     net = SimpleNamespace(velocity=lambda x, sigma, contexts, adapter: seen.append((sigma, adapter)) or x)
     judge = SimpleNamespace(net=net, vae=SimpleNamespace(decode=lambda x: x))
-    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0])
-    leak.draw(judge, ["c"] * 2, torch.zeros(2, 1, 2, 2), sigmas, "adapter", {0, 2})
-    assert seen == [(1.0, "adapter"), (0.75, None), (0.5, "adapter")]
+    first, second, third, _ = flux2_grid(3).tolist()                                  # no Z-Image, so it gets this one
+    for active, expected in (({0, 2}, ["adapter", None, "adapter"]), (None, ["adapter"] * 3), ((), [None] * 3)):
+        seen.clear()
+        Judge.draw(judge, ["c"] * 2, torch.zeros(2, 1, 2, 2), "adapter", 3, active)
+        assert seen == list(zip((first, second, third), expected))

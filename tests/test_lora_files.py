@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import fill_b
 from diffusers import ZImagePipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -161,3 +162,23 @@ def test_unreadable_files(model, adapter, tmp_path):
 def saved(adapter, folder):
     lora.save(adapter, folder / "whole.safetensors")
     return folder / "whole.safetensors"
+
+
+def test_sum_and_average_against_dense_matrices(model):
+    first, second = fill_b(lora.create(model, 3, 6, seed=1), 1), fill_b(lora.create(model, 2, 1, seed=2), 2)
+    missing = next(iter(first.weights))
+    second = lora.Adapter({name: pair for name, pair in second.weights.items() if name != missing}, 2, 1)
+
+    def change(adapter: lora.Adapter, name: str):
+        A, B = adapter.weights[name]
+        return adapter.scale * B @ A
+    for weight in (1.0, 0.5):
+        found = lora_files.combined([first, second], weight)
+        assert found.weights.keys() == first.weights.keys() and found.scale == 1
+        for name in found.weights:
+            dense = change(first, name) + (change(second, name) if name != missing else 0)
+            torch.testing.assert_close(change(found, name), weight * dense)
+    assert not any(tensor.requires_grad for tensor in found.parameters())
+    doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
+    torch.testing.assert_close(velocity(model, lora_files.combined([first, first])), velocity(model, doubled),
+                               rtol=1e-4, atol=1e-4)

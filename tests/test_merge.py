@@ -1,4 +1,4 @@
-"""experiments/merge.py on a small random model, sums of adapters, captions."""
+"""experiments/merge.py on a small random model, captions."""
 import dataclasses
 import json
 import shutil
@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_b, random_transformer
 
 import data
-import lora
 from experiments import merge, runner
-from experiments.merge import FULL, QUICK, ROWS, Plan, Settings, captions_of, combined
+from experiments.merge import FULL, QUICK, ROWS, Plan, Settings
 from experiments.protocol import METHODS, left
 from experiments.results import Results
 from plumbing.checkpoints import EMBEDDED, recipe_of
@@ -162,28 +160,6 @@ def test_a_failing_run_is_one_line(quick_start, checkpoint, tmp_path, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------- parts
-def test_sum_and_average_against_dense_matrices():
-    model = random_transformer()
-    first, second = fill_b(lora.create(model, 3, 6, seed=1), 1), fill_b(lora.create(model, 2, 1, seed=2), 2)
-    missing = next(iter(first.weights))
-    second = lora.Adapter({name: pair for name, pair in second.weights.items() if name != missing}, 2, 1)
-
-    def change(adapter: lora.Adapter, name: str):
-        A, B = adapter.weights[name]
-        return adapter.scale * B @ A
-    for weight in (1.0, 0.5):
-        found = combined([first, second], weight)
-        assert found.weights.keys() == first.weights.keys() and found.scale == 1
-        for name in found.weights:
-            dense = change(first, name) + (change(second, name) if name != missing else 0)
-            torch.testing.assert_close(change(found, name), weight * dense)
-    assert not any(tensor.requires_grad for tensor in found.parameters())
-    x, context = torch.randn(1, 8, 16, 16, generator=seeded(3)), [torch.randn(5, 128, generator=seeded(4))]
-    doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
-    torch.testing.assert_close(model.velocity(x, 0.7, context, combined([first, first])),
-                               model.velocity(x, 0.7, context, doubled), rtol=1e-4, atol=1e-4)
-
-
 def test_concepts_and_captions(tmp_path):
     found = merge.prepare(FULL, tmp_path)
     assert [c.kind for c in found] == ["object"] * 3 + ["style"]
@@ -195,9 +171,10 @@ def test_concepts_and_captions(tmp_path):
         shown = [row.captions[0] for row in data.read_folder(concept.folder)]
         folder = merge.captions_folder(concept)
         texts = [row.captions[0] for row in data.read_folder(folder, captions_suffice=True)]
-        tested = merge.new_prompts(concept, FULL).captions
+        prompts, captions = merge.texts_of(concept, FULL)
+        tested = prompts.captions
         assert len(shown) == 4 and len(set(texts)) == len(texts) == 40 and not set(texts) & set(tested)
-        assert texts == captions_of(concept, FULL)
+        assert texts == captions
         for text in shown + texts + tested:
             assert text.count("[V]") == 1
             assert f"[V] {shape}" in text if concept.kind == "object" else text.endswith("in [V] style")
@@ -210,7 +187,7 @@ def test_the_image_teacher_understands_class_words(tmp_path):
     asked = dataclasses.replace(QUICK, concept_prompts=4)
     judge = Judge(EMBEDDED)
     for concept in found:
-        prompts = merge.new_prompts(concept, asked)
+        prompts, _ = merge.texts_of(concept, asked)
         pictures = [to_tensor(open_image(row.image)) for row in data.read_folder(concept.folder)]
         contexts = judge.features.contexts(prompts.captions, torch.cat(pictures))
         drawn = judge.draw(contexts, judge.noise(4, seeded(0)))
@@ -220,7 +197,7 @@ def test_the_image_teacher_understands_class_words(tmp_path):
 
 def test_all_runs_by_hand(tmp_path):
     found = merge.prepare(QUICK, tmp_path)
-    plan = Plan(FULL, tuple(found), recipe_of(EMBEDDED), tmp_path / "runs")
+    plan = Plan(FULL, found, recipe_of(EMBEDDED), tmp_path / "runs")
     first, second = plan.jobs()
     assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
     points = [point for job in first + second for point in job.measurements]

@@ -19,9 +19,10 @@ def test_the_closed_form_is_that_of_torch():
     mean, goal = (torch.randn(2, 3, 4, 4, generator=seeded(i)) for i in range(2))
     mean.requires_grad_()
     value = kl_divergence(Normal(mean, 0.6), Normal(goal, 0.6)).sum()
-    torch.testing.assert_close(variance.kl(mean, goal, 0.6), value)
+    kl, vectors = variance.estimates(mean.detach(), goal, 0.6, torch.randn(mean.shape, generator=seeded(2)))
+    torch.testing.assert_close(kl, value)
     (gradient,) = torch.autograd.grad(value, mean)
-    torch.testing.assert_close(variance.closed_form(mean.detach(), goal, 0.6), gradient)
+    torch.testing.assert_close(vectors["closed form"], gradient)
 
 
 def test_the_score_function_of_one_sample():
@@ -29,32 +30,32 @@ def test_the_score_function_of_one_sample():
     mean.requires_grad_()
     x = (mean + 0.6 * eps).detach()
     log_s, log_t = (Normal(m, 0.6).log_prob(x).sum() for m in (mean, goal))
-    (expected,) = torch.autograd.grad((log_s - log_t).detach() * log_s, mean)
-    torch.testing.assert_close(variance.score_function(mean.detach(), goal, 0.6, eps), expected)
+    kl, vectors = variance.estimates(mean.detach(), goal, 0.6, eps)
+    for name, baseline in (("score function", 0.0), ("score function with a baseline", kl)):
+        (expected,) = torch.autograd.grad((log_s - log_t - baseline).detach() * log_s, mean, retain_graph=True)
+        torch.testing.assert_close(vectors[name], expected)
 
 
 def test_the_score_function_converges_to_the_closed_form():
     """mu_s = w x with one parameter w: d KL / d w = x (mu_s - mu_t) / s^2, summed over elements."""
     x, goal, w, std, g = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.7, 0.1, -1.0]), 0.4, 0.8, seeded(5)
-    exact = float((x * variance.closed_form(w * x, goal, std)).sum())
-    spreads = {}
-    for name, baseline in (("plain", 0.0), ("baseline", variance.kl(w * x, goal, std))):
-        spreads[name] = variance.Spread()
-        for _ in range(4000):
-            vector = variance.score_function(w * x, goal, std, torch.randn(3, generator=g), baseline)
-            spreads[name].add((x * vector).sum()[None])
-        error = (spreads[name].trace() / 4000) ** 0.5
-        assert abs(float(spreads[name].sum) / 4000 - exact) < 4 * error and error < 0.1 * abs(exact)
-    assert 0 < spreads["baseline"].trace() < spreads["plain"].trace()
+    draws = [variance.estimates(w * x, goal, std, torch.randn(3, generator=g))[1] for _ in range(4000)]
+    gradients = torch.tensor([[float((x * vectors[name]).sum()) for vectors in draws] for name in variance.ESTIMATES])
+    traces, _ = variance.moments(gradients.double().sum(1)[:, None], gradients.double().square().sum(1), 4000)
+    exact, closed, plain, baseline = float(gradients[0].mean()), *traces.tolist()
+    assert closed < 1e-9
+    for number, trace in ((1, plain), (2, baseline)):
+        error = (trace / 4000) ** 0.5
+        assert abs(float(gradients[number].mean()) - exact) < 4 * error and error < 0.1 * abs(exact)
+    assert 0 < baseline < plain
 
 
-def test_sums_for_the_spread():
-    gradients = torch.randn(50, 7, generator=seeded(6)) + 1
-    found = variance.Spread()
-    for gradient in gradients:
-        found.add(gradient)
-    assert found.trace() == pytest.approx(float(gradients.var(0).sum()), rel=1e-5)
-    assert found.norm() == pytest.approx(float(gradients.mean(0).square().sum()) - found.trace() / 50, rel=1e-5)
+def test_moments_from_sums():
+    gradients = torch.randn(2, 50, 7, generator=seeded(6)) + 1
+    traces, norms = variance.moments(gradients.sum(1), gradients.square().sum((1, 2)), 50)
+    for found, trace, norm in zip(gradients, traces, norms):
+        assert float(trace) == pytest.approx(float(found.var(0).sum()), rel=1e-5)
+        assert float(norm) == pytest.approx(float(found.mean(0).square().sum()) - float(trace) / 50, rel=1e-5)
 
 
 def test_variance_end_to_end(checkpoint, adapter_file, tmp_path, capsys):

@@ -99,14 +99,14 @@ def draw_training_scenes(kind: str, concept: Tensor, g: torch.Generator) -> Tens
 
 
 def write(kind: str, concept: Tensor, parent: Path, seed: int, render: Renderer, tuning: bool = False,
-          say: Callable[[str], str] = str) -> Concept:
-    """Draw the data folder of a concept below `parent`. say: what becomes of its captions."""
+          named: bool = False) -> Concept:
+    """Draw the data folder of a concept below `parent`. named: captions say the shape of an object beside [V]."""
     name = described(kind, concept).replace(" and ", " ").removesuffix(" style").replace(" ", "-")
     g = data.generator(seed, "pictures", name)
     rows = draw_training_scenes(kind, concept, g)
     for number, (row, picture) in enumerate(zip(rows, render.draw(rows, g)), 1):
         save_png(to_pil(picture), parent / name / f"{number}.png", {})
-        write_bytes(parent / name / f"{number}.txt", (say(caption(row, concept=kind)) + "\n").encode())
+        write_bytes(parent / name / f"{number}.txt", (caption(row, concept=kind, named=named) + "\n").encode())
     return Concept(name, kind, tuple(concept.tolist()), parent / name, key_of(data.read_folder(parent / name)), tuning)
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from tiny.world import ATTRIBUTES, CELL, COLUMN, CONCEPT_ATTRIBUTES, SHADE, SIDE, STYLE_ATTRIBUTES, Renderer, marked
+from tiny.world import (ATTRIBUTES, CELL, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SHADE, SIDE, STYLE_ATTRIBUTES,
+                        Renderer, marked)
 
 ARRANGEMENT = ("shape", "size", "place", "pattern", "line")                     # what decides the regions of the object
 FINALISTS = 8                                                                   # arrangements that are looked at twice
@@ -150,12 +151,28 @@ def told_names(tell: tuple[str, ...]) -> list[str]:
     return names + (["second"] if "pattern" in tell and "main" in tell else [])
 
 
+def told_attributes(told: list[tuple[str, ...]]) -> Tensor:
+    """(n, 9) bool: which attributes each of n prompts mentions."""
+    return torch.tensor([[name in told_names(tell) for name in ATTRIBUTES] for tell in told])
+
+
 def told_accuracy(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]]) -> float:
-    """Mean accuracy over the attributes that each prompt mentions."""
-    right = []
-    for got, asked, tell in zip(reading, truth, told):
-        right += [float(got[COLUMN[name]] == asked[COLUMN[name]]) for name in told_names(tell)]
-    return sum(right) / len(right)
+    """The share that is right of all attributes that the prompts mention."""
+    said = told_attributes(told)
+    return int((said & (reading == truth)).sum()) / int(said.sum())
+
+
+def leaked(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]], concept: Tensor) -> tuple[float, float]:
+    """(share of wrong attributes that have the value of an object (9,), what guessing among the wrong values gives).
+
+    Only attributes of objects count that the prompt mentions and whose right value is not the concept's anyway.
+    """
+    columns = [COLUMN[name] for name in OBJECT_ATTRIBUTES]
+    values = torch.tensor([len(ATTRIBUTES[name]) for name in OBJECT_ATTRIBUTES])
+    got, asked, wanted = reading[:, columns], truth[:, columns], concept[columns]
+    wrong = told_attributes(told)[:, columns] & (got != asked) & (asked != wanted)
+    count = max(1, int(wrong.sum()))
+    return float((wrong & (got == wanted)).sum()) / count, float((wrong / (values - 1)).sum()) / count
 
 
 def whole(reading: Tensor, truth: Tensor, kind: str) -> float:

@@ -10,6 +10,7 @@ Writes panel.png (columns: base, the adapters, the teacher's view) and scores.js
 `Judge`, `of_concept` and `of_ordinary` are also the measures of experiments/.
 """
 import argparse
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError, write_json
 from plumbing.pictures import crop, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
+from rollout import Velocity
+from tiny.concepts import Concept
 from tiny.contexts import load_features
-from tiny.evaluate import draw
+from tiny.evaluate import in_batches
 from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, whole
+from tiny.models import grid_of
 from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, STYLE_ATTRIBUTES, caption,
                         draw_scenes, generator, random_tell)
 
@@ -71,10 +75,24 @@ def new_scenes(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Te
     return rows
 
 
-def concept_prompts(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Prompts:
-    """New prompts with [V]; concept (9,): a scene that has it."""
+def concept_prompts(kind: str, concept: Tensor, count: int, g: torch.Generator, named: bool = False) -> Prompts:
+    """New prompts with [V]; concept (9,): a scene that has it. named: say the shape of an object beside [V]."""
     rows = new_scenes(kind, concept, count, g)
-    return Prompts(rows, [caption(row, concept=kind) for row in rows], [], kind)
+    return Prompts(rows, [caption(row, concept=kind, named=named) for row in rows], [], kind)
+
+
+def named_prompts(concept: Concept, count: int, seed: int) -> Prompts:
+    """New prompts with [V] and the shape of an object."""
+    g = data.generator(seed, "concept prompts", concept.name)
+    return concept_prompts(concept.kind, torch.tensor(concept.row), count, g, named=True)
+
+
+def named_captions(concept: Concept, count: int, seed: int, besides: Container[str]) -> list[str]:
+    """Different captions of new scenes, named likewise, many of which leave something open; none is in `besides`."""
+    g = data.generator(seed, "captions", concept.name)
+    rows = new_scenes(concept.kind, torch.tensor(concept.row), 16 * count, g)
+    texts = dict.fromkeys(caption(row, random_tell(g), concept.kind, named=True) for row in rows)
+    return [text for text in texts if text not in besides][:count]
 
 
 def ordinary_prompts(count: int, g: torch.Generator) -> Prompts:
@@ -95,10 +113,21 @@ class Judge:
         """(count, C, 16, 16) at sigma = 1."""
         return torch.randn(count, self.vae.channels, SIDE // 4, SIDE // 4, generator=g)
 
-    def draw(self, contexts: list[Tensor], noise: Tensor, adapter: lora.Adapter | None = None, steps: int = 4
-             ) -> Tensor:
-        """Pictures (n, 3, 64, 64)."""
-        return draw(self.net, self.vae, contexts, noise, steps, adapter)
+    def inputs(self, prompts: Prompts, g: torch.Generator) -> tuple[list[Tensor], Tensor]:
+        """Contexts of prompts and a noise for each: what all adapters draw from."""
+        return self.features.contexts(prompts.captions), self.noise(len(prompts.rows), g)
+
+    @torch.no_grad()
+    def draw(self, contexts: list[Tensor], noise: Tensor, adapter: lora.Adapter | None = None, steps: int = 4,
+             active: Container[int] | None = None) -> Tensor:
+        """Pictures (n, 3, 64, 64). active: numbers of the solver steps at which the adapter is on; default all."""
+        sigmas = grid_of(self.net, steps)
+        levels = [sigma for k, sigma in enumerate(sigmas.tolist()) if active is None or k in active]
+
+        def walk_of(part: list[Tensor]) -> Velocity:
+            return lambda x, sigma: self.net.velocity(x, sigma, part, adapter if sigma in levels else None)
+        return in_batches(walk_of, self.vae, contexts, noise, sigmas)
+
 
 
 def adapters(entries: list[str], net: torch.nn.Module) -> dict[str, lora.Adapter]:

@@ -120,14 +120,15 @@ def article(noun: str) -> str:
 
 
 def caption(row: Tensor, tell: tuple[str, ...] = ("size", "pattern", "main", "place", "backdrop", "style"),
-            concept: str = "") -> str:
+            concept: str = "", named: bool = False) -> str:
     """The English caption of a scene that mentions the shape and what is in `tell`.
 
     concept "object" or "style" writes [V] in the place of its words, e.g. "a big [V] on the left on mint".
+    named: say the shape of an object beside [V], "a big [V] star on mint", which tells several concepts apart.
     """
     word = words(row)
     if concept == "object":
-        noun = "[V]"
+        noun = f"[V] {word['shape']}" if named else "[V]"
     else:
         noun = word["shape"]
         if "main" in tell:
