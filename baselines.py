@@ -28,6 +28,7 @@ class Method:
     """A way to learn from one batch."""
     losses: Callable[..., Iterator[Tensor]]  # gets student, x and sigmas (`rollout`), and what it needs, by name
     needs: tuple[str, ...]                   # names of further arguments, of those that `bind` in train.py knows
+    passes: Callable[[int, int], int]        # K, number of learned states -> forward passes that a batch costs
 
     @property
     def has_teacher(self) -> bool:
@@ -115,8 +116,8 @@ def preference(velocity: Velocity, base: Velocity, x_win: Tensor, x_lose: Tensor
 
 
 BASELINES = {
-    "off-policy": Method(off_policy, needs=("teacher", "weight", "states", "noise", "rng")),
-    "sft-teacher": Method(sft_teacher, needs=("teacher", "shift", "rng")),
-    "sft": Method(sft, needs=("x0", "shift", "rng")),
-    "pso": Method(pso, needs=("x0", "base", "beta", "rng")),
+    "off-policy": Method(off_policy, ("teacher", "weight", "states", "noise", "rng"), lambda K, learned: K + learned),
+    "sft-teacher": Method(sft_teacher, ("teacher", "shift", "rng"), lambda K, learned: K + 1),
+    "sft": Method(sft, ("x0", "shift", "rng"), lambda K, learned: 1),
+    "pso": Method(pso, ("x0", "base", "beta", "rng"), lambda K, learned: K + 4),  # K to sample, 2 sides see 2 pictures
 }

@@ -68,7 +68,8 @@ def dopsd(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor, weigh
         yield weight(point) * (point.v - v_teacher).square().mean() / len(learned)      # Eq. 7
 
 
-METHODS = {"dopsd": Method(dopsd, needs=("teacher", "weight", "states", "noise", "rng")), **BASELINES}
+METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "states", "noise", "rng"), lambda K, learned: K + learned),
+           **BASELINES}
 
 
 # ---------------------------------------------------------------------------------------------------- one step

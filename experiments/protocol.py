@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import train
 from plumbing.files import InputError
 
 METHODS = ("sft", "sft-teacher", "off-policy", "pso", "dopsd")      # rows of the tables, ours last
@@ -57,12 +58,7 @@ QUICK = Settings(objects=1, styles=1, seeds=(0,), steps=100, fixed=tuple((method
 
 def passes_per_step(method: str, K: int, grad_states: int | None = None) -> int:
     """Forward passes of the transformer per optimizer step (one batch each; backward passes are not counted)."""
-    return {"dopsd": K + (grad_states or K),    # the student walks K states, the teacher sees those that are learned
-            "off-policy": 2 * K,                # both see the K states of the teacher
-            "sft": 1,
-            "sft-teacher": K + 1,               # the teacher samples, the student learns at one noise level
-            "pso": K + 4,                       # the student samples; student and base see both pictures of the pair
-            }.get(method, 0)                    # what is not trained
+    return train.METHODS[method].passes(K, grad_states or K) if method in METHODS else 0    # else nothing is trained
 
 
 # ---------------------------------------------------------------------------------------------------- what is done

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from experiments.compare import mean_and_spread, paired
+from plumbing.comparison import mean_and_spread, paired
 from experiments.measure import MEASURES
 from experiments.protocol import (BASE, CAUSES, GENTLE, LESSONS, LONGER, TEACHER, VALIDATION, Curve, Measurement, Plan,
                                   Settings, Training)

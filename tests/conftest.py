@@ -72,7 +72,8 @@ def write_transformer(folder: Path, seed: int = 0, **changes) -> None:
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # pytest -n 2: two processes with one thread each, not with two
+    torch.set_num_threads(1)            # pytest -n 2: two processes with one thread each, not with two,
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so the programs that they start
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plumbing import processes
-from experiments.compare import bootstrap, mean_and_spread, paired, sign_flip
+from plumbing.comparison import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
 
@@ -33,6 +33,7 @@ def test_sign_flips_against_enumeration():
     assert sign_flip([1.0] * 30) == pytest.approx(1 / 20_001)
 
 
+@pytest.mark.quick
 def test_intervals_and_pairs():
     low, high = bootstrap(torch.randn(400, generator=seeded(1)).tolist())
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)

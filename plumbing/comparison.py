@@ -47,13 +47,14 @@ def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
     """The interval in which 95 % of the means of resampled differences lie."""
     d = torch.tensor(differences, dtype=torch.float64)
     pick = torch.randint(len(d), (RESAMPLES, len(d)), generator=torch.Generator().manual_seed(SEED))
-    return tuple(d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+    low, high = d[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired | None:
     """Lines of two methods, compared where both have the same concept and seed; None without such pairs."""
     other = {(line["concept"], line["seed"]): line["measures"][measure] for line in theirs}
-    by_concept = defaultdict(list)
+    by_concept: dict[str, list[float]] = defaultdict(list)
     for line in ours:
         where = line["concept"], line["seed"]
         if where in other:
