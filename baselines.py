@@ -12,7 +12,7 @@ Differs from the paper, which says little about its baselines:
 1. SFT's noise levels are as dense as those of the checkpoint's own sampler (`draw_sigma`).
 2. PSO compares at the noise levels of the K solver steps, and its own samples come from the student of the moment.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loss import Weight
-from rollout import Velocity, draw_states, rollout, sample, shifted
+from rollout import Velocity, rollout, sample, shifted
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     """A way to learn from one batch."""
     losses: Callable[..., Iterator[Tensor]]  # gets student, x and sigmas (`rollout`), and what it needs, by name
     needs: tuple[str, ...]                   # names of further arguments, of those that `bind` in train.py knows
-    passes: Callable[[int, int], int]        # K, number of learned states -> forward passes that a batch costs
+    passes: Callable[[int, int], int]        # K, number of learned states -> forward passes of a batch, at most
 
     @property
     def has_teacher(self) -> bool:
@@ -45,10 +45,9 @@ class Method:
 
 
 # ---------------------------------------------------------------------------------------------------- distillation
-def off_policy(student: Velocity, x: Tensor, sigmas: Tensor, teacher: Velocity, weight: Weight, states: int | None,
-               noise: float, rng: torch.Generator) -> Iterator[Tensor]:
+def off_policy(student: Velocity, x: Tensor, sigmas: Tensor, teacher: Velocity, weight: Weight,
+               learned: Collection[int], noise: float, rng: torch.Generator) -> Iterator[Tensor]:
     """Off-policy distillation: the loss of `dopsd`, at the states of the teacher's own trajectory."""
-    learned = draw_states(len(sigmas) - 1, states, rng)
     for point in rollout(torch.no_grad()(teacher), x, sigmas, learned, noise, rng):
         v_student = student(point.x, point.sigma)
         yield weight(point) * (v_student - point.v).square().mean() / len(learned)
@@ -116,7 +115,7 @@ def preference(velocity: Velocity, base: Velocity, x_win: Tensor, x_lose: Tensor
 
 
 BASELINES = {
-    "off-policy": Method(off_policy, ("teacher", "weight", "states", "noise", "rng"), lambda K, learned: K + learned),
+    "off-policy": Method(off_policy, ("teacher", "weight", "learned", "noise", "rng"), lambda K, learned: K + learned),
     "sft-teacher": Method(sft_teacher, ("teacher", "shift", "rng"), lambda K, learned: K + 1),
     "sft": Method(sft, ("x0", "shift", "rng"), lambda K, learned: 1),
     "pso": Method(pso, ("x0", "base", "beta", "rng"), lambda K, learned: K + 4),  # K to sample, 2 sides see 2 pictures

@@ -17,7 +17,7 @@ Differs from the paper / official code:
 4. Like the formulas of Flow-GRPO, every step has noise, that to sigma = 0 too: x0 of `sample` with a > 0 is noisy.
 """
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,30 +63,29 @@ class Point:
     noise: float = 0.0  # a of the transition to the next state; 0 is the ODE
 
 
-def rollout(velocity: Velocity, x: Tensor, sigmas: Tensor, learned: Container[int] | None = None, noise: float = 0.0,
+def rollout(velocity: Velocity, x: Tensor, sigmas: Tensor, learned: Collection[int] | None = None, noise: float = 0.0,
             rng: torch.Generator | None = None) -> Iterator[Point]:
     """The trajectory of `velocity` from noise, one `Point` per state. With the student's it is Eq. 3.
 
     x: (B, C, H, W) noise at sigmas[0]. sigmas: (K + 1,), `sigma_grid`.
-    learned: numbers of the states that are handed out, by default all of 0 ... K - 1; the others are only walked.
+    learned: numbers of the states that are handed out, by default all of 0 ... K - 1. Those between are only walked,
+    and after the last one the walk ends.
     noise: a of `transition`, which draws from rng, a generator on the CPU, one eps like x per step, learned or not.
     Call backward on each point before asking for the next: one graph is alive at a time, whatever K is. The last state,
     x0, is not handed out, because no loss is defined there.
     """
     x = x.detach().float()
-    for k, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+    last = len(sigmas) - 2 if learned is None else max(learned, default=-1)
+    for k, (sigma, sigma_next) in enumerate(pairwise(sigmas[:last + 2].tolist())):
         is_learned = learned is None or k in learned
         with torch.set_grad_enabled(is_learned and torch.is_grad_enabled()):
             v = velocity(x, sigma).float()
         if is_learned:
             yield Point(x, sigma, sigma_next, v, noise)
+        if k == last:
+            return
         x = advance(x, v.detach(), sigma, sigma_next, noise, rng)
         del v  # and with it this state's graph, before the next one is built
-
-
-def draw_states(K: int, n: int | None, rng: torch.Generator | None) -> list[int]:
-    """Numbers of the states that a batch learns at, each equally likely: n of 0 ... K - 1, or with None all of them."""
-    return torch.randperm(K, generator=rng)[:n or K].tolist()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,27 +48,26 @@ from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
 from plumbing.run_folder import Run, mean_of, names_of, open_run, out_folder, print_summary
 from plumbing.train_options import TARGET, UNTUNED, Options, check_states, check_values, shows_target
-from rollout import Velocity, draw_states, rollout, sigma_grid
+from rollout import Velocity, rollout, sigma_grid
 
 
 # ---------------------------------------------------------------------------------------------------- the method
-def dopsd(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor, weight: Weight, states: int | None = None,
+def dopsd(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor, weight: Weight, learned: Collection[int],
           noise: float = 0.0, rng: torch.Generator | None = None) -> Iterator[Tensor]:
     """D-OPSD on one batch: one loss per state of the student's own trajectory; their sum is the mean of Eq. 7.
 
     student, teacher: (x, sigma) -> v, each with its weights and its context. x: (B, C, H, W) noise at sigma = 1; the
-    target x0 appears in the teacher's context only. sigmas: (K + 1,), `sigma_grid`. weight: of loss.py. states: learn
-    at so many of the K. noise: a of the rollout's steps, drawn from rng. Call backward on each loss before asking for
-    the next: states are detached, so this is the whole gradient, with one graph alive at a time.
+    target x0 appears in the teacher's context only. sigmas: (K + 1,), `sigma_grid`. weight: of loss.py. learned: which
+    states, in the paper all K. noise: a of the rollout's steps, drawn from rng. Call backward on each loss before
+    asking for the next: states are detached, so this is the whole gradient, with one graph alive at a time.
     """
-    learned = draw_states(len(sigmas) - 1, states, rng)
     for point in rollout(student, x, sigmas, learned, noise, rng):                      # Eq. 3: x_k, and u_s of Eq. 5
         with torch.no_grad():
             v_teacher = teacher(point.x, point.sigma)                                   # Eq. 6: u_t at the same state
         yield weight(point) * (point.v - v_teacher).square().mean() / len(learned)      # Eq. 7
 
 
-METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "states", "noise", "rng"), lambda K, learned: K + learned),
+METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "learned", "noise", "rng"), lambda K, learned: K + learned),
            **BASELINES}
 
 
@@ -89,13 +88,25 @@ def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shi
     x0 = batch.latents.to(tuned.device)
     c_s, c_t = ([context.to(tuned.device) for context in side]                          # Eq. 4
                 for side in (batch.student_context, batch.teacher_context))
-    shift = shift_of(cfg.rollout_steps, *x0.shape[2:])
+    K, shift = cfg.rollout_steps, shift_of(cfg.rollout_steps, *x0.shape[2:])
     return {"student": tuned.student(c_s),                                              # theta, c_s
             "teacher": tuned.frozen(c_s, task.adapter) if task.adapter else tuned.teacher(c_t),    # theta_bar, c_t
             "base": tuned.frozen(c_s, None),
             "x": torch.randn(x0.shape, generator=rng).to(tuned.device), "x0": x0,
-            "sigmas": sigma_grid(shift, cfg.rollout_steps), "shift": shift, "weight": weight_of(cfg.loss),
-            "states": cfg.grad_states, "noise": cfg.noise, "beta": cfg.beta, "rng": rng}
+            "sigmas": sigma_grid(shift, K), "shift": shift, "weight": weight_of(cfg.loss),
+            "learned": draw_states(K, cfg.grad_states or K, number, cfg.seed, task.index),
+            "noise": cfg.noise, "beta": cfg.beta, "rng": rng}
+
+
+def draw_states(K: int, n: int, number: int, seed: int, task: int = 0) -> list[int]:
+    """The n of K states that batch `number` learns at: each state is equally likely, and none comes twice.
+
+    Stratified: K / gcd(n, K) batches in a row share a permutation and take turns in it, so over these every state is
+    learned equally often, whichever optimizer steps they belong to.
+    """
+    turn, j = divmod(number, K // math.gcd(n, K))
+    order = torch.randperm(K, generator=data.generator(seed, "states", turn, task)).tolist()
+    return [order[(j * n + i) % K] for i in range(n)]
 
 
 def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, float]:

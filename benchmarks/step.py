@@ -60,7 +60,7 @@ def main() -> None:
     teacher = lora.velocity_of(net, c_t, lora.copy(student))
 
     def dopsd_step(at_every_state: bool) -> None:
-        losses = dopsd(velocity, teacher, eps, sigmas, weight_of("v"))
+        losses = dopsd(velocity, teacher, eps, sigmas, weight_of("v"), range(K))
         if at_every_state:
             for loss in losses:
                 loss.backward()

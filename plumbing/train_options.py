@@ -31,7 +31,7 @@ class Options:
     loss: str = option(None, "weight on the squared difference of velocities; v: Eq. 7 of the paper, x0: the "
                        "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
     rollout_steps: int = option(None, "K, the number of solver steps of the student's rollout", METHOD)
-    grad_states: int | None = option(None, "number of the K states to learn at, drawn anew for every batch (default: "
+    grad_states: int | None = option(None, "number of the K states to learn at, in turns from batch to batch (default: "
                                      "all)", METHOD)
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
     teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
@@ -78,7 +78,7 @@ def check_values(cfg: Options, method: Method) -> None:
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
-    if cfg.grad_states is not None and "states" not in method.needs:
+    if cfg.grad_states is not None and "learned" not in method.needs:
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd and off-policy, not {cfg.method}; "
                          "leave it out")
     teachers = cfg.teacher_lora

@@ -97,7 +97,7 @@ def test_off_policy_walks_along_the_teachers_velocity():
         return net(x)
 
     for loss in off_policy(velocity, noise, grid, lambda x, sigma: levels * torch.full_like(x, sigma),
-                           lambda point: 1.0, None, 0.0, torch.Generator()):
+                           lambda point: 1.0, range(3), 0.0, torch.Generator()):
         loss.backward()
     x = noise
     for state, sigma, sigma_next in zip(visited, grid.tolist(), grid.tolist()[1:]):

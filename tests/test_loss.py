@@ -21,7 +21,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 def loss_at(point: Point, v_teacher: torch.Tensor, kind: str) -> torch.Tensor:
     """The loss of `dopsd` where the student has the velocity of this point, walking from its sigma to 0."""
     (loss,) = dopsd(lambda x, sigma: point.v, lambda x, sigma: v_teacher + 0, torch.zeros(point.v.shape),
-                    torch.tensor([point.sigma, point.sigma_next], dtype=torch.float64), weight_of(kind),
+                    torch.tensor([point.sigma, point.sigma_next], dtype=torch.float64), weight_of(kind), [0],
                     noise=point.noise, rng=torch.Generator())
     return loss
 
@@ -182,7 +182,8 @@ def test_backward_per_step_equals_one_backward(kind):
 
     student, teacher = nets()
     grid = sigma_grid(SHIFT, 4)
-    for loss in dopsd(lambda x, sigma: student(x), lambda x, sigma: teacher(x), draw(9), grid, weight_of(kind)):
+    for loss in dopsd(lambda x, sigma: student(x), lambda x, sigma: teacher(x), draw(9), grid, weight_of(kind),
+                      range(4)):
         loss.backward()
     per_step = [parameter.grad for parameter in student.parameters()]
 

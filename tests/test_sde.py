@@ -153,7 +153,7 @@ def test_path_is_a_function_of_the_seed():
     assert torch.equal(rng.get_state(), before)
 
 
-@pytest.mark.parametrize("learned", [{0}, {1, 3}, {2}, set()])
+@pytest.mark.parametrize("learned", [{0}, {1, 3}, {2}, {3}, set()])
 def test_noisy_path_does_not_depend_on_what_is_learned(learned):
     net, grid, rngs = student(), sigma_grid(SHIFT, 4), [torch.Generator().manual_seed(8) for _ in range(2)]
     every = list(rollout(lambda x, sigma: net(x), draw(0, 1, 3, 4, 4), grid, None, 0.7, rngs[0]))
@@ -161,7 +161,8 @@ def test_noisy_path_does_not_depend_on_what_is_learned(learned):
     assert len(some) == len(learned)
     for k, point in zip(sorted(learned), some):
         assert torch.equal(point.x, every[k].x) and point.sigma == every[k].sigma and point.noise == 0.7
-    assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
+    if 3 in learned:                                                    # else the walk ended earlier
+        assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
 
 
 def test_wrong_noise_is_refused():
@@ -169,7 +170,7 @@ def test_wrong_noise_is_refused():
     for noise in (-0.1, math.nan, math.inf):
         for call in (lambda: transition(x, x, 0.5, 0.3, noise), lambda: sample(lambda x, _: x, x, grid, noise, rng),
                      lambda: list(rollout(lambda x, _: x, x, grid, None, noise, rng)),
-                     lambda: list(rollout(lambda x, _: x, x, grid, set(), noise, rng))):
+                     lambda: list(rollout(lambda x, _: x, x, grid, {1}, noise, rng))):
             with pytest.raises(InputError, match=f"^--noise {noise}: .*give 0 .*or more.*$"):
                 call()
     with pytest.raises(InputError, match="^--noise 0.7: no finite noise .* sigma = 1.0 to 1.0; .*--noise 0$"):

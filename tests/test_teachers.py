@@ -41,7 +41,6 @@ def loss_of(parts, task, rng, K: int, kind: str, a: float) -> torch.Tensor:
     """One task's loss as one graph: both sides read the prompt, the student walks with noise a."""
     batch, sigmas = task.dataset.batch(0), sigma_grid(SCHEDULER["shift"], K).tolist()
     x, terms = torch.randn(batch.latents.shape, generator=rng), []
-    torch.randperm(K, generator=rng)                                                # which states are learned: all
     for sigma, following in zip(sigmas, sigmas[1:]):
         v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
         goal = parts.model.velocity(x, sigma, batch.student_context, task.adapter).detach()

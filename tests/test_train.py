@@ -3,8 +3,10 @@ import gc
 import inspect
 import itertools
 import json
+import math
 import shutil
 import weakref
+from collections import Counter
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -132,12 +134,30 @@ def test_learned_states_are_unbiased(filled, grad_states):
     means = [sum(terms[k] for k in subset).item() / grad_states for subset in subsets]
     assert sum(means) / len(means) == pytest.approx(sum(terms).item() / 3, rel=1e-5)
     seen = set()
-    for seed in range(12):                                                          # the states alone differ
-        value = learn(parts, rng=torch.Generator().manual_seed(seed))
+    for number in range(24):                                                        # the states alone differ
+        value = learn(parts, learned=train.draw_states(3, grad_states, number, seed=0))
         drawn = [i for i, mean in enumerate(means) if value == pytest.approx(mean, rel=1e-4)]
         assert len(drawn) == 1
         seen |= set(drawn)
     assert seen == set(range(len(subsets)))
+
+
+@pytest.mark.parametrize("K, n", [(4, 1), (4, 2), (4, 3), (4, 4), (8, 3), (5, 2)])
+def test_learned_states_are_stratified(K, n):
+    """Over K / gcd(n, K) batches in a row every state is learned equally often, none twice in a batch; over many turns
+    every state and every pair of neighbouring batches is as likely as any other."""
+    turn = K // math.gcd(n, K)
+    drawn = [train.draw_states(K, n, number, seed=3) for number in range(400 * turn)]
+    assert all(len(set(states)) == n and set(states) <= set(range(K)) for states in drawn)
+    for start in range(0, len(drawn), turn):
+        counts = Counter(k for states in drawn[start:start + turn] for k in states)
+        assert set(counts.values()) == {n * turn // K} and len(counts) == K
+    for position in range(turn):                                                    # unbiased at each place of a turn
+        share = Counter(k for states in drawn[position::turn] for k in states)
+        assert all(share[k] / 400 == pytest.approx(n / K, abs=0.1) for k in range(K))
+    assert drawn[:turn] == [train.draw_states(K, n, number, seed=3) for number in range(turn)]
+    others = [[train.draw_states(K, n, number, *where) for number in range(20 * turn)] for where in ((4,), (3, 1))]
+    assert n == K or all(other != drawn[:20 * turn] for other in others)
 
 
 @pytest.mark.parametrize("teacher, equal", [("copy", "student"), ("base", "start"), ("ema", None)])
@@ -162,7 +182,7 @@ def test_needs_are_the_parameters_and_bind_gives_them(method):
     given = train.bind(cfg, lora.Tuned(random_transformer(), 1, 1, 0), task, 0, lambda *_: 3.0)
     assert set(parameters) <= given.keys()
     losses = list(train.METHODS[method](**given))
-    assert len(losses) == (cfg.rollout_steps if "states" in needs else 1)
+    assert len(losses) == (cfg.rollout_steps if "learned" in needs else 1)
     assert all(loss.shape == () and loss.requires_grad for loss in losses)
 
 
@@ -325,7 +345,7 @@ def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
             return student(x, sigma)
 
         given = dict(student=velocity, teacher=tuned.teacher(context), x=x, sigmas=sigma_grid(SCHEDULER["shift"], K),
-                     weight=lambda point: 1.0, states=None, noise=0.0, rng=torch.Generator())
+                     weight=lambda point: 1.0, learned=range(K), noise=0.0, rng=torch.Generator())
         with ledger.hooks:
             if at_once:
                 sum(train.METHODS[method](**given)).backward()
