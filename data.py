@@ -64,7 +64,7 @@ def read_folder(data: Path | str, captions_suffice: bool = False) -> list[Row]:
     if data.is_file() and data.suffix.lower() == ".jsonl":
         return read_jsonl(data, captions_suffice)
     if not data.is_dir():
-        raise InputError(f"{data}: no such folder; --data takes a folder of images with captions, or a .jsonl file")
+        raise InputError(f"{data}: no such folder; give a folder of images with captions, or a .jsonl file")
     files = visible_files(data)
     tables = [path for path in files if path.suffix.lower() == ".jsonl"]
     if len(tables) > 1:

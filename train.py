@@ -46,8 +46,9 @@ from plumbing.panels import Panels, Shift
 from plumbing.program import Interrupt
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
-from plumbing.run_folder import Run, mean_of, names_of, open_run, out_folder, print_summary
-from plumbing.train_options import TARGET, UNTUNED, Options, check_states, check_values, shows_target
+from plumbing.run_folder import Run, mean_of, open_run, out_folder, print_summary
+from plumbing.train_options import (NONE, TARGET, UNTUNED, Options, Source, check_states, check_values, shows_target,
+                                    sources_of)
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -79,6 +80,9 @@ class Task:
     dataset: data.Dataset
     adapter: lora.Adapter | None    # of a frozen teacher that reads the prompt alone; None: the run's own teacher
     index: int = 0                  # the task's noise is its own
+    weight: float = 1.0             # of its loss
+    batches: int = 1                # beside one of each other task
+    in_panels: bool = True
 
 
 def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shift) -> dict:
@@ -110,13 +114,14 @@ def draw_states(K: int, n: int, number: int, seed: int, task: int = 0) -> list[i
 
 
 def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, float]:
-    """The gradient of one optimizer step, from `cfg.accumulate` batches of each task; returns the mean loss of each."""
-    losses = dict.fromkeys((task.name for task in tasks), 0.0)
-    for number in range(run.step * cfg.accumulate, (run.step + 1) * cfg.accumulate):
-        for task in tasks:                                                              # a round of DiffusionOPD
+    """The gradient of one optimizer step, that of the weighted mean over tasks; returns the mean loss of each task."""
+    losses, weights = dict.fromkeys((task.name for task in tasks), 0.0), sum(task.weight for task in tasks)
+    for task in tasks:                                                                  # a round of DiffusionOPD
+        batches = cfg.accumulate * task.batches
+        for number in range(run.step * batches, (run.step + 1) * batches):
             for loss in METHODS[cfg.method](**bind(cfg, run.tuned, task, number, shift_of)):
-                (loss / (cfg.accumulate * len(tasks))).backward()                       # one graph alive at a time
-                losses[task.name] += loss.item() / cfg.accumulate
+                (loss * task.weight / (batches * weights)).backward()                   # one graph alive at a time
+                losses[task.name] += loss.item() / batches
     return losses
 
 
@@ -165,7 +170,7 @@ def draw_panel(cfg: Options, run: Run, panels: Panels, tasks: list[Task]) -> Non
     """samples/step_N.png of the current step."""
     panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", f"{cfg.method}, step {run.step} of {cfg.steps}",
                 run.tuned.theta, run.tuned.theta_bar if shows_target(cfg, METHODS[cfg.method]) else None,
-                {f"teacher of {task.name}": task.adapter for task in tasks if task.adapter})
+                {f"teacher of {task.name}": task.adapter for task in tasks if task.adapter and task.in_panels})
 
 
 # ---------------------------------------------------------------------------------------------------- the program
@@ -179,15 +184,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.Row]]]:
-    """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each --data."""
+    """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each source."""
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg, METHODS[cfg.method])
+    if cfg.keep is None and not METHODS[cfg.method].has_teacher:
+        cfg.keep = NONE                                                 # whatever the recipe says
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    rows = [data.read_folder(source, captions_suffice=teacher != TARGET)
-            for source, teacher in zip(cfg.data, teachers_of(cfg), strict=True)]
+    rows = [read_source(source) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
-    return dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch.")), recipe, folder, rows
+    filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
+    rows += [read_source(source) for source in sources_of(filled)[len(rows):]]          # what the recipe keeps
+    return filled, recipe, folder, rows
 
 
 def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]) -> list[Features]:
@@ -195,26 +203,27 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
     check_states(cfg)
     backbone, kind = backbone_of(folder), cfg.teacher_context if METHODS[cfg.method].has_teacher else ""
     shift_rule(folder)                                                  # refuses schedulers with another grid
-    for source, part in zip(cfg.data, rows, strict=True):
+    for source, part in zip(sources_of(cfg), rows, strict=True):
         has_sources = any(row.sources for row in part)
-        check_references(backbone, kind, f"source images in {source}" if has_sources else "")
+        check_references(backbone, kind, f"source images in {source.path}" if has_sources else "")
     warn_undistilled(folder)
     skeleton = backbone.check(folder)
-    for teacher in teachers_of(cfg):
-        adapter_of(teacher, skeleton)
+    for source in sources_of(cfg):
+        adapter_of(source.teacher, skeleton)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     check_memory(folder, device, dtype)
     cache = Path(cfg.cache) if cfg.cache else out_folder(cfg) / "cache"
-    features = [Features(cfg, part, folder, recipe, kind if teacher == TARGET else "", cache, device, dtype)
-                for part, teacher in zip(rows, teachers_of(cfg), strict=True)]
+    features = [Features(cfg, part, folder, recipe, kind if source.teacher == TARGET else "", cache, device, dtype,
+                         in_panels=not source.is_kept) for part, source in zip(rows, sources_of(cfg), strict=True)]
     open_run(cfg, out_folder(cfg), fingerprint_of(features))
     return features
 
 
 def encode(features: list[Features]) -> None:
     """Latents and the two contexts of Eq. 4, once; VAE and encoders are freed again."""
+    last = [part for part in features if part.in_panels][-1]
     for part in features:
-        part.encode(with_unrelated=part is features[-1])
+        part.encode(with_unrelated=part is last)
 
 
 def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
@@ -223,8 +232,8 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
     model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
               shows_target(cfg, METHODS[cfg.method]))
-    tasks = [Task(name, part.dataset, adapter_of(teacher, model), index) for index, (name, part, teacher)
-             in enumerate(zip(names_of(cfg.data), features, teachers_of(cfg), strict=True))]
+    tasks = [Task(source.name, part.dataset, adapter_of(source.teacher, model), index, source.weight, source.batches,
+                  part.in_panels) for index, (source, part) in enumerate(zip(sources_of(cfg), features, strict=True))]
     if cfg.resume:
         run.load()
     run.begin(recipe.name, fingerprint_of(features))
@@ -234,9 +243,19 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
     return run, tasks, panels
 
 
-def teachers_of(cfg: Options) -> list[str]:
-    """Who teaches each --data."""
-    return cfg.teacher_lora or [TARGET] * len(cfg.data)
+def read_source(source: Source) -> list[data.Row]:
+    """Its rows; captions suffice where the teacher is not shown the target. Raises InputError."""
+    if not source.is_kept:
+        return data.read_folder(source.path, captions_suffice=source.teacher != TARGET)
+    try:
+        rows = data.read_folder(source.path, captions_suffice=True)
+    except InputError as error:
+        raise InputError(f"--keep {error}") from None
+    marked = sum("[V]" in caption for row in rows for caption in row.captions)
+    if marked:
+        print(f"warning: --keep {source.path}: {marked} captions say [V], the concept that is to be learned; kept as "
+              "they are, their pictures work against it, so remove them", file=sys.stderr)
+    return rows
 
 
 def adapter_of(teacher: str, model: Transformer) -> lora.Adapter | None:

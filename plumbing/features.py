@@ -39,14 +39,14 @@ class Features:
     is written."""
 
     def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, kind: str, cache: Path,
-                 device: torch.device, dtype: torch.dtype) -> None:
+                 device: torch.device, dtype: torch.dtype, in_panels: bool = True) -> None:
         """cfg: of train.py; kind: of the teacher's context, "" where no teacher is shown the target; cache: folder of
-        the features.
+        the features; in_panels: whether panels show its prompts.
 
         Raises InputError.
         """
         self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
         needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
@@ -94,6 +94,8 @@ class Features:
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
         """(prompt, image that the teacher is shown): two training pairs and new prompts."""
+        if not self.in_panels:
+            return []
         pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
         new = []
         if "[V]" in first and not self.rows[0].sources:

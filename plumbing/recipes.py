@@ -20,6 +20,7 @@ class Recipe:
     batch_size: int
     accumulate: int
     checkpointing: bool
+    keep: str                               # captions whose pictures shall stay as they are, or "none"
     save_every: int
     sample_every: int
     teacher_context: str                    # how the teacher is shown the target: vlm or reference (features.py)
@@ -33,7 +34,7 @@ class Recipe:
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
-               save_every=100, sample_every=100, teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct",
+               keep="none", save_every=100, sample_every=100, teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct",
                image_pixels=(512 * 512, 768 * 768), new_object="a [V] on a sandy beach at sunset",
                new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
@@ -41,8 +42,9 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
 # D-OPSD each: 1e-4, 3e-4, 1e-3 give concept fidelity .68, .98, 1.00 and ordinary prompts .978, .971, .955 (untuned
 # .987). On examples/star 100 steps learn nearly as much as 150 and change ordinary prompts less.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=3e-4, rank=16, alpha=16,
-               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, save_every=20, sample_every=25,
-               teacher_context="vlm", vlm="vlm", image_pixels=None, new_object="a small [V] at the top on mint",
+               ema=0.999, loss="x0", batch_size=4, accumulate=1, checkpointing=False, keep="none", save_every=20,
+               sample_every=25, teacher_context="vlm", vlm="vlm", image_pixels=None,
+               new_object="a small [V] at the top on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
 

@@ -11,19 +11,12 @@ from plumbing.files import (ROOT, InputError, append_json_line, check_writable, 
                             read_json, write_json, write_tensors)
 from plumbing.machine import peak_memory_gb, weights_gb
 from plumbing.recipes import Recipe
-from plumbing.train_options import UNTUNED
+from plumbing.train_options import UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
         "device")
 STATE = "state.safetensors"
-
-
-def names_of(sources: list[str]) -> list[str]:
-    """A short name for each --data: its last part, numbered where two are alike."""
-    paths = [Path(source).resolve() for source in sources]
-    names = [path.stem if path.is_file() else path.name for path in paths]
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
 
 def out_folder(cfg) -> Path:
@@ -123,7 +116,8 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
         buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
                             for (height, width, sources), count in task.dataset.buckets.items())
         name = f" of {task.name}" if len(tasks) > 1 else ""
-        print(f"images   {len(task.dataset.examples)}{name}: {buckets}")
+        what = "images  " if task.dataset.examples[0].row.image else "captions"
+        print(f"{what} {len(task.dataset.examples)}{name}: {buckets}")
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
 
 

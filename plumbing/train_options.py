@@ -2,6 +2,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from baselines import BASELINES, Method
 from encoder import TEACHER_CONTEXTS
@@ -13,8 +14,9 @@ DATA, METHOD, OPTIMISATION = "data and model", "method", "optimisation"     # he
 OUTPUT, MACHINE = "output", "machine"
 TARGET = "image"      # in the place of a teacher's file: the run's own teacher, which is shown the target image
 UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
+NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the name of its task
 LEAST = {"steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "save_every": 1,
-         "sample_every": 0, "lr": 0, "grad_states": 1, "beta": 0, "noise": 0}
+         "sample_every": 0, "lr": 0, "grad_states": 1, "beta": 0, "noise": 0, "keep_weight": 0, "keep_batches": 1}
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Options:
                                      METHOD, nargs="+", metavar="FILE", old={"base": UNTUNED})
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", METHOD,
                                choices=("vlm", "text"))
+    keep: str = option(None, "captions whose pictures shall stay as they are, taught by the untuned model beside the "
+                       "concept: a folder or a .jsonl file; or none", METHOD)
+    keep_weight: float = option(1.0, "weight of the loss of --keep beside that of each --data", METHOD)
+    keep_batches: int = option(1, "number of batches of --keep beside each batch of --data", METHOD)
     beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)
 
     steps: int = option(None, "number of optimizer steps", OPTIMISATION)
@@ -87,6 +93,9 @@ def check_values(cfg: Options, method: Method) -> None:
                          f"a word, {TARGET} or {UNTUNED}")
     if teachers and not method.has_teacher:
         raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
+    if cfg.keep not in (None, NONE) and not method.has_teacher:
+        raise InputError(f"--keep {cfg.keep}: --method {cfg.method} has no teacher, which the untuned model could be; "
+                         "--keep goes with dopsd, off-policy and sft-teacher, leave one of the two out")
     if cfg.noise and not method.takes_noise:
         raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
@@ -97,6 +106,34 @@ def check_states(cfg: Options) -> None:
     if (cfg.grad_states or 1) > cfg.rollout_steps:
         raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
                          f"{cfg.rollout_steps}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to learn from: every --data, and then --keep."""
+    name: str
+    path: str
+    teacher: str            # TARGET, UNTUNED or an adapter file
+    weight: float = 1.0     # of its loss
+    batches: int = 1        # beside one of each other source
+    is_kept: bool = False   # whether it is --keep
+
+
+def names_of(sources: list[str]) -> list[str]:
+    """A short name for each --data: its last part, numbered where two are alike."""
+    paths = [Path(source).resolve() for source in sources]
+    names = [path.stem if path.is_file() else path.name for path in paths]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
+
+
+def sources_of(cfg: Options) -> list[Source]:
+    """All sources, by different names."""
+    teachers = cfg.teacher_lora or [TARGET] * len(cfg.data)
+    names = names_of(cfg.data if cfg.keep in (None, NONE) else [*cfg.data, KEEP])
+    found = [Source(*parts) for parts in zip(names, cfg.data, teachers)]
+    if len(names) > len(found):
+        found.append(Source(names[-1], cfg.keep, UNTUNED, cfg.keep_weight, cfg.keep_batches, is_kept=True))
+    return found
 
 
 def shows_target(cfg: Options, method: Method) -> bool:

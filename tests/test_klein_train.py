@@ -180,6 +180,23 @@ def test_the_other_methods_train(run, edits, method):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)                      # the student is the reference
 
 
+@pytest.mark.parametrize("has_sources", [False, True])
+def test_keep_beside_an_edit(prepare, edits, tmp_path, has_sources):
+    """Kept captions draw a picture, or edit sources of their own; the untuned model teaches what it would do itself."""
+    source = {"source": str(edits / "0_0.png")} if has_sources else {}
+    (tmp_path / "keep.jsonl").write_text(json.dumps({"text": "paint it green", **source}) + "\n")
+    parts = prepare("--data", edits, "--keep", tmp_path / "keep.jsonl")
+    fill_b(parts.run.tuned.theta, seed=1)
+    kept = parts.tasks[1]
+    (context,), given = kept.dataset.batch(0).student_context, train.bind(parts.cfg, parts.run.tuned, kept, 0,
+                                                                         parts.shift_of)
+    assert len(context.references) == has_sources
+    untuned = parts.model.velocity(given["x"], 0.9, [context])
+    assert torch.equal(given["teacher"](given["x"], 0.9), untuned)
+    assert not torch.allclose(given["student"](given["x"], 0.9), untuned)
+    assert train.gradient_of_step(parts.cfg, parts.run, parts.tasks, parts.shift_of)["keep"] > 0
+
+
 # ---------------------------------------------------------------------------------------------------- files
 def test_interrupted_and_resumed_equals_uninterrupted(run, edits, monkeypatch):
     flags = ("--data", edits, "--steps", 4, "--accumulate", 2)
