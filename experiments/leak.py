@@ -27,9 +27,9 @@ from tiny.world import generator
 class Options:
     data: str = option(dataclasses.MISSING, "folder that the adapters were trained on: an object")
     lora: list[str] = option(dataclasses.MISSING, "NAME=FILE of an adapter; several may follow", nargs="+")
-    prompts: int = option(120, "of each kind")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded: tiny/model")
-    seed: int = option(0, "of prompts and noises")
+    prompts: int = option(120, "number of prompts with [V], and as many without")
+    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
+    seed: int = option(0, "random seed for prompts and noises")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,9 +60,9 @@ ROWS = {  # label -> method, options of train.py where they differ from the reci
 class Options:
     quick: bool = option(False, "one seed, few steps and prompts: a first look")
     report: bool = option(False, "run nothing: the table of the results that are there")
-    workers: int = option(1, "processes, each with one thread")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded: tiny/model")
-    out: str | None = option(None, "folder of results; default experiments/results, with --quick out/quick-merge")
+    workers: int = option(1, "number of processes, each with one thread")
+    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
+    out: str | None = option(None, "folder of results (default: experiments/results, with --quick out/quick-merge)")
 
 
 @dataclass(frozen=True)

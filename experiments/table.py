@@ -35,9 +35,9 @@ class Options:
     method: list[str] = option([], f"run only this one of {', '.join(METHODS)}; repeatable")
     concept: list[str] = option([], "folder with 4 images of 64x64 and captions with [V], instead of the test "
                                     "concepts; repeatable")
-    workers: int = option(1, "processes, each with one thread")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded: tiny/model")
-    out: str | None = option(None, "folder of results; default experiments/results, with --quick out/quick-table")
+    workers: int = option(1, "number of processes, each with one thread")
+    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
+    out: str | None = option(None, "folder of results (default: experiments/results, with --quick out/quick-table)")
 
 
 def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.Concept]:

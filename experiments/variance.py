@@ -46,13 +46,13 @@ COLUMNS = ("sigma", "s", "KL", "squared norm of the mean", *ESTIMATES)
 
 @dataclass
 class Options:
-    lora: str = option(dataclasses.MISSING, "the teacher: an adapter file")
+    lora: str = option(dataclasses.MISSING, "adapter file that is the teacher")
     data: str = option(dataclasses.MISSING, "folder with captions; images are not needed")
-    samples: int = option(64, "states, and as many gradients of each kind, at each noise level")
-    noise: float = option(0.7, "a: of the rollout's steps; above 0, or there is no density")
-    student: str | None = option(None, "adapter file of the student; default: the untuned model with a new LoRA")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded: tiny/model")
-    seed: int = option(0, "of the starting noises, the steps and a new LoRA")
+    samples: int = option(64, "number of states, and of gradients of each kind, at each noise level")
+    noise: float = option(0.7, "a, the amount of noise in the rollout's steps; above 0, or there is no density")
+    student: str | None = option(None, "adapter file of the student (default: the untuned model with a new LoRA)")
+    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
+    seed: int = option(0, "random seed for the starting noises, the steps and a new LoRA")
     out: str = option("out/variance", "folder for variance.md, variance.json and variance.png")
 
 
