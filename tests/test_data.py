@@ -64,7 +64,7 @@ def test_official_layout(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- bad input
 def test_missing_and_empty_folders(tmp_path):
-    fails(tmp_path / "none", r"PATH: no such folder; --data takes a folder of images with captions, or a .jsonl file")
+    fails(tmp_path / "none", r"PATH: no such folder; give a folder of images with captions, or a .jsonl file")
     fails(picture(tmp_path / "a.png"), r"PATH: no such folder; .*")
     empty = tmp_path / "empty"
     (empty / "sub").mkdir(parents=True)

@@ -352,7 +352,7 @@ def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
             else:
                 monkeypatch.setattr(train, "bind", lambda *_: given)
                 cfg, run = SimpleNamespace(accumulate=1, method=method), SimpleNamespace(step=0, tuned=tuned)
-                train.gradient_of_step(cfg, run, [SimpleNamespace(name="a")], None)
+                train.gradient_of_step(cfg, run, [SimpleNamespace(name="a", weight=1.0, batches=1)], None)
         assert ledger.held == 0 and len(ledger.before) == K
         assert any(ledger.before) == (at_once and K > 1)                    # before a forward pass nothing is held
         return ledger.peak
