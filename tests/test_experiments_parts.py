@@ -73,6 +73,14 @@ class Fake:
 
 
 @pytest.mark.quick
+def test_one_process_goes_on_after_a_failure(tmp_path):
+    jobs = [Job(Training(name)) for name in ("fails", "works")]
+    found = [(job.training.name, message) for job, message in processes.work(jobs, 1, partial(Fake, tmp_path))]
+    assert found == [("fails", {"name": "fails"}), ("fails", f"so it goes (log: {tmp_path / 'fails.txt'})"),
+                     ("works", {"name": "works"}), ("works", None)]
+    assert "InputError: so it goes" in (tmp_path / "fails.txt").read_text()
+
+
 def test_processes_share_jobs_and_stop_together(tmp_path):
     jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
     messages = processes.work(jobs, 2, partial(Fake, tmp_path))
