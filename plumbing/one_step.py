@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Options, argv, "Draw what one step of D-OPSD looks like, before and after training.")
     folder, out = Path(cfg.run), Path(cfg.out)
     check_writable(out.parent, f"--out {out}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--run {folder}: holds no run, config.json: no such file; give a folder that train.py wrote")
     options = read_json(folder / "config.json", "options")["options"]               # those of train.py
     if not (folder / "teacher.safetensors").is_file():
         raise InputError(f"--run {folder}: has no teacher.safetensors, so no teacher that is shown the target; give a "
