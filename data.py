@@ -230,13 +230,16 @@ class Example:
     def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x0 (C, h, w), and those of the sources."""
         with open_safetensors(self.file) as stored:
-            sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
-            return stored.get_tensor("latents"), sources
+            return self._latents(stored)
+
+    def _latents(self, stored) -> tuple[Tensor, tuple[Tensor, ...]]:
+        sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
+        return stored.get_tensor("latents"), sources
 
     def read(self, caption: int) -> tuple[Tensor, Context, Context | None]:
         """x0 (C, h, w), and the student's and the teacher's context (Eq. 4) with one of the captions."""
-        x0, sources = self.latents()
         with open_safetensors(self.file) as stored:
+            x0, sources = self._latents(stored)
             texts = [stored.get_tensor(f"{side}.{caption}") for side in self.sides()]
         return x0, *contexts(texts[0], texts[1] if self.kind else None, sources, x0, self.kind)
 
