@@ -27,6 +27,8 @@ from plumbing import encoder_files, files
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import ROOT
 from rollout import sigma_grid
+from tiny.metrics import Reader
+from tiny.world import Renderer
 
 TRANSFORMER = {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "all_patch_size": [2],
                "all_f_patch_size": [1], "in_channels": 8, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
@@ -81,6 +83,17 @@ def cheap_collections():
     """The programs collect garbage between models; unfrozen, all imported libraries would be searched each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def reader() -> Reader:
+    """Reads every attribute back from pictures of the tiny models' world."""
+    return Reader()
+
+
+@pytest.fixture(scope="session")
+def render(reader) -> Renderer:
+    return reader.render
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,9 @@ import data
 from plumbing import pictures
 from plumbing.files import InputError
 from tiny import concepts
-from tiny.metrics import Reader
 from tiny.world import COLUMN, HELD_OUT_STYLES, held_out_object
 
 pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader()
 
 
 def test_concepts_are_held_out_and_shared_by_nothing(tmp_path, reader):

@@ -7,18 +7,8 @@ import torch.nn.functional as F
 from test_world import NO_MARKS, PLAIN, STYLED, levels, seeded
 from torch import Tensor
 
-from tiny.metrics import Reader, accuracy, fidelity, told_accuracy
-from tiny.world import ATTRIBUTES, COLUMN, Renderer, draw_marks, draw_scenes, scene, to_pil
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader()
-
-
-@pytest.fixture(scope="module")
-def render(reader) -> Renderer:
-    return reader.render
+from tiny.metrics import accuracy, fidelity, told_accuracy
+from tiny.world import ATTRIBUTES, COLUMN, draw_marks, draw_scenes, scene, to_pil
 
 
 @pytest.fixture(scope="module")

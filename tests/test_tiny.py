@@ -19,8 +19,8 @@ from model import scheduler_shift
 from rollout import sample, sigma_grid
 from tiny import contexts, evaluate
 from tiny.making.tokenizer import build_tokenizer
-from tiny.metrics import Reader, told_accuracy
-from tiny.world import Renderer, caption, draw_scenes, other_view, random_tell, to_pil
+from tiny.metrics import told_accuracy
+from tiny.world import caption, draw_scenes, other_view, random_tell, to_pil
 
 ROOT = Path(__file__).parents[1]
 MODEL, BASE = (ROOT / "tiny" / name for name in ("model", "base"))
@@ -31,16 +31,6 @@ PROMPTS = ["a big plain red star on the left on mint", "a circle", "a small [V] 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader()
-
-
-@pytest.fixture(scope="module")
-def render(reader) -> Renderer:
-    return reader.render
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,13 @@ import pytest
 import torch
 
 from tiny import metrics, validation
-from tiny.metrics import Reader, Reading
+from tiny.metrics import Reading
 from tiny.score import Prompts, of_concept
 from tiny.world import COLUMN, draw_marks, draw_scenes
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader()
 
 
 def test_diversity_on_renderings(reader):

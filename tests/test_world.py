@@ -8,16 +8,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tiny import world
-from tiny.world import ATTRIBUTES, COLUMN, OBJECT_ATTRIBUTES, Renderer, caption, draw_marks, draw_scenes, scene, to_pil
+from tiny.world import ATTRIBUTES, COLUMN, OBJECT_ATTRIBUTES, caption, draw_marks, draw_scenes, scene, to_pil
 
 FINE = 16                                                               # Pillow draws at 16 times the size
 RED, BLUE, GREEN, YELLOW, WHITE = (214, 40, 40), (40, 90, 210), (46, 150, 70), (250, 215, 60), (250, 250, 250)
 MINT, NAVY, SAND, SKY, INK = (165, 222, 190), (32, 40, 80), (222, 200, 160), (160, 205, 242), (24, 22, 30)
-
-
-@pytest.fixture(scope="module")
-def render() -> Renderer:
-    return Renderer()
 
 
 def seeded(seed: int) -> torch.Generator:
