@@ -3,24 +3,31 @@
     off-policy    the teacher's states, the teacher's velocities
     sft           flow matching on the target images: vanilla fine-tuning
     sft-teacher   flow matching on pictures that the teacher samples
+    dreambooth    sft, and sft on pictures that the untuned model draws of the captions of --keep (arXiv 2208.12242)
     pso           the target images preferred to the model's own samples (arXiv 2410.03190)
 
 A generator gets velocities whose weights and contexts are bound, as `dopsd` in train.py does, and yields losses of one
-batch; their sum is the batch's loss. A new method is one function and one entry in BASELINES.
+batch; their sum is the batch's loss. A new method is one function and one entry in BASELINES. What it does with the
+captions of --keep is a method, too: they are learned as by `dopsd` from the untuned model, or by `sft` from `Prior`.
 
 Differs from the paper, which says little about its baselines:
 1. SFT's noise levels are as dense as those of the checkpoint's own sampler (`draw_sigma`).
 2. PSO compares at the noise levels of the K solver steps, and its own samples come from the student of the moment.
+3. DreamBooth's prior pictures are of many captions, not of one class, and the few-step model draws them.
 """
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from data import Batch, Dataset, generator
+from lora import velocity_of
 from loss import Weight
-from rollout import Velocity, rollout, sample, shifted
+from model import Context
+from plumbing.backbone import Transformer
+from rollout import Velocity, rollout, sample, shifted, sigma_grid
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,9 @@ class Method:
     """A way to learn from one batch."""
     losses: Callable[..., Iterator[Tensor]]  # gets student, x and sigmas (`rollout`), and what it needs, by name
     needs: tuple[str, ...]                   # names of further arguments, of those that `bind` in train.py knows
-    passes: Callable[[int, int], int]        # K, number of learned states -> forward passes of a batch, at most
+    passes: Callable[[int, int], tuple[float, int]]     # K, number of learned states -> forward passes of a batch,
+                                             # on average: those without and those with a gradient
+    keeps: str = "dopsd"                     # name of the method that learns the captions of --keep; "": takes none
 
     @property
     def has_teacher(self) -> bool:
@@ -90,6 +99,34 @@ def denoising_error(velocity: Velocity, x0: Tensor, eps: Tensor, sigma: Tensor) 
     return (v - (eps - x0)).square().mean((1, 2, 3))
 
 
+class Prior(Dataset):
+    """Captions with pictures that the untuned model draws, each once: the prior preservation of `dreambooth`."""
+
+    def __init__(self, captions: Dataset, model: Transformer, shift_of: Callable[[int, int, int], float], steps: int
+                 ) -> None:
+        """shift_of: solver steps, height and width of latents -> time shift. steps: of the model's own sampler."""
+        super().__init__(captions.examples, captions.batch_size, captions.seed)
+        self.model, self.shift_of, self.steps = model, shift_of, steps
+        self.drawn: dict[tuple[int, str], Tensor] = {}
+
+    def batch(self, step: int) -> Batch:
+        batch = super().batch(step)
+        pictures = [self.picture(*parts) for parts in zip(batch.indices, batch.captions, batch.student_context,
+                                                          batch.latents)]
+        return replace(batch, latents=torch.stack(pictures))
+
+    @torch.no_grad()
+    def picture(self, index: int, caption: str, context: Context, like: Tensor) -> Tensor:
+        """Latents (C, h, w) on the CPU, from noise that follows from (seed, caption). like: of their shape."""
+        if (index, caption) not in self.drawn:
+            device = next(self.model.parameters()).device
+            x = torch.randn(1, *like.shape, generator=generator(self.seed, "prior", index, caption)).to(device)
+            untuned = velocity_of(self.model, [context.to(device)], None)
+            sigmas = sigma_grid(self.shift_of(self.steps, *like.shape[1:]), self.steps)
+            self.drawn[index, caption] = sample(untuned, x, sigmas)[0].cpu()
+        return self.drawn[index, caption]
+
+
 # ---------------------------------------------------------------------------------------------------- preference
 def pso(student: Velocity, x: Tensor, sigmas: Tensor, x0: Tensor, base: Velocity, beta: float, rng: torch.Generator
         ) -> Iterator[Tensor]:
@@ -114,9 +151,16 @@ def preference(velocity: Velocity, base: Velocity, x_win: Tensor, x_lose: Tensor
     return -logsigmoid(beta * (gap_base - gap)).mean()
 
 
+def passes_of_rollout(K: int, learned: int) -> tuple[float, int]:
+    """Of `dopsd` and `off_policy`. The rollout ends at the last of the n learned states, on average the n (K + 1) /
+    (n + 1)th; at each of the n both sides are asked, one of them with a gradient."""
+    return learned * (K + 1) / (learned + 1), learned
+
+
 BASELINES = {
-    "off-policy": Method(off_policy, ("teacher", "weight", "learned", "noise", "rng"), lambda K, learned: K + learned),
-    "sft-teacher": Method(sft_teacher, ("teacher", "shift", "rng"), lambda K, learned: K + 1),
-    "sft": Method(sft, ("x0", "shift", "rng"), lambda K, learned: 1),
-    "pso": Method(pso, ("x0", "base", "beta", "rng"), lambda K, learned: K + 4),  # K to sample, 2 sides see 2 pictures
+    "off-policy": Method(off_policy, ("teacher", "weight", "learned", "noise", "rng"), passes_of_rollout),
+    "sft-teacher": Method(sft_teacher, ("teacher", "shift", "rng"), lambda K, learned: (K, 1)),
+    "sft": Method(sft, ("x0", "shift", "rng"), lambda K, learned: (0, 1)),
+    "dreambooth": Method(sft, ("x0", "shift", "rng"), lambda K, learned: (0, 1), keeps="sft"),
+    "pso": Method(pso, ("x0", "base", "beta", "rng"), lambda K, learned: (K + 2, 2), keeps=""),  # 2 sides, 2 pictures
 }

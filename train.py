@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import lora
-from baselines import BASELINES, Method
+from baselines import BASELINES, Method, Prior, passes_of_rollout
 from encoder import check_references
 from loss import Weight, weight_of
 from plumbing import lora_files
@@ -46,9 +46,9 @@ from plumbing.panels import Panels, Shift
 from plumbing.program import Interrupt
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
-from plumbing.run_folder import Run, mean_of, open_run, out_folder, print_summary
-from plumbing.train_options import (NONE, TARGET, UNTUNED, Options, Source, check_states, check_values, shows_target,
-                                    sources_of)
+from plumbing.run_folder import Run, open_run, out_folder, print_summary
+from plumbing.train_options import (NONE, PRIOR, TARGET, UNTUNED, Options, Source, check_filled, check_values,
+                                    read_source, shows_target, sources_of)
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -68,8 +68,7 @@ def dopsd(student: Velocity, teacher: Velocity, x: Tensor, sigmas: Tensor, weigh
         yield weight(point) * (point.v - v_teacher).square().mean() / len(learned)      # Eq. 7
 
 
-METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "learned", "noise", "rng"), lambda K, learned: K + learned),
-           **BASELINES}
+METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "learned", "noise", "rng"), passes_of_rollout), **BASELINES}
 
 
 # ---------------------------------------------------------------------------------------------------- one step
@@ -83,6 +82,7 @@ class Task:
     weight: float = 1.0             # of its loss
     batches: int = 1                # beside one of each other task
     in_panels: bool = True
+    method: Method = METHODS["dopsd"]
 
 
 def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shift) -> dict:
@@ -114,23 +114,28 @@ def draw_states(K: int, n: int, number: int, seed: int, task: int = 0) -> list[i
 
 
 def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, float]:
-    """The gradient of one optimizer step, that of the weighted mean over tasks; returns the mean loss of each task."""
+    """The gradient of one optimizer step, that of `objective`; returns the mean loss of each task."""
     losses, weights = dict.fromkeys((task.name for task in tasks), 0.0), sum(task.weight for task in tasks)
     for task in tasks:                                                                  # a round of DiffusionOPD
         batches = cfg.accumulate * task.batches
         for number in range(run.step * batches, (run.step + 1) * batches):
-            for loss in METHODS[cfg.method](**bind(cfg, run.tuned, task, number, shift_of)):
+            for loss in task.method(**bind(cfg, run.tuned, task, number, shift_of)):
                 (loss * task.weight / (batches * weights)).backward()                   # one graph alive at a time
                 losses[task.name] += loss.item() / batches
     return losses
 
 
-def clip_and_check(run: Run, losses: dict[str, float]) -> float:
+def objective(tasks: list[Task], losses: dict[str, float]) -> float:
+    """The weighted mean over tasks."""
+    return sum(task.weight * losses[task.name] for task in tasks) / sum(task.weight for task in tasks)
+
+
+def clip_and_check(run: Run, loss: float) -> float:
     """Clip the gradient's norm to 1; returns what it was. A step that is not finite ends the run before it is made."""
     norm = float(torch.nn.utils.clip_grad_norm_(run.tuned.parameters().values(), 1.0))
-    if not math.isfinite(mean_of(losses)) or not math.isfinite(norm):
+    if not math.isfinite(loss) or not math.isfinite(norm):
         run.save()                                                      # nothing was updated: the last good state
-        raise InputError(f"step {run.step + 1}: loss {mean_of(losses)}, gradient norm {norm}; the state before it is "
+        raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is "
                          f"in {run.out}; start anew with another --out and a smaller --lr or --dtype float32")
     return norm
 
@@ -150,11 +155,12 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
             except torch.OutOfMemoryError:
                 run.save()                                              # a resumed run may use --checkpointing
                 raise
-            norm = clip_and_check(run, losses)
+            loss = objective(tasks, losses)
+            norm = clip_and_check(run, loss)
             run.optimizer.step()
             run.tuned.ema_(m)                                           # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
-            bar.set_postfix_str(run.log(losses, norm, time.time() - started))
+            bar.set_postfix_str(run.log(loss, losses, norm, time.time() - started))
             done = run.step == cfg.steps or interrupt.asked
             if done or run.step % cfg.save_every == 0:
                 run.save()
@@ -187,20 +193,22 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each source."""
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg, METHODS[cfg.method])
-    if cfg.keep is None and not METHODS[cfg.method].has_teacher:
+    if cfg.keep is None and (cfg.method not in ("dopsd", PRIOR) or cfg.teacher_lora):
         cfg.keep = NONE                                                 # whatever the recipe says
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
     rows = [read_source(source) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
     filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
+    if filled.keep == NONE:
+        filled.grad_states = cfg.grad_states                            # without --keep the published method: all
     rows += [read_source(source) for source in sources_of(filled)[len(rows):]]          # what the recipe keeps
     return filled, recipe, folder, rows
 
 
 def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]) -> list[Features]:
     """What can be seen to fail fails here: references, scheduler, weights, LoRA files, memory, pictures, the folder."""
-    check_states(cfg)
+    check_filled(cfg)
     backbone, kind = backbone_of(folder), cfg.teacher_context if METHODS[cfg.method].has_teacher else ""
     shift_rule(folder)                                                  # refuses schedulers with another grid
     for source, part in zip(sources_of(cfg), rows, strict=True):
@@ -232,8 +240,8 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
     model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile)
     run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
               shows_target(cfg, METHODS[cfg.method]))
-    tasks = [Task(source.name, part.dataset, adapter_of(source.teacher, model), index, source.weight, source.batches,
-                  part.in_panels) for index, (source, part) in enumerate(zip(sources_of(cfg), features, strict=True))]
+    tasks = [task_of(index, source, part.dataset, cfg, recipe, model, shift_rule(folder))
+             for index, (source, part) in enumerate(zip(sources_of(cfg), features, strict=True))]
     if cfg.resume:
         run.load()
     run.begin(recipe.name, fingerprint_of(features))
@@ -243,19 +251,14 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
     return run, tasks, panels
 
 
-def read_source(source: Source) -> list[data.Row]:
-    """Its rows; captions suffice where the teacher is not shown the target. Raises InputError."""
-    if not source.is_kept:
-        return data.read_folder(source.path, captions_suffice=source.teacher != TARGET)
-    try:
-        rows = data.read_folder(source.path, captions_suffice=True)
-    except InputError as error:
-        raise InputError(f"--keep {error}") from None
-    marked = sum("[V]" in caption for row in rows for caption in row.captions)
-    if marked:
-        print(f"warning: --keep {source.path}: {marked} captions say [V], the concept that is to be learned; kept as "
-              "they are, their pictures work against it, so remove them", file=sys.stderr)
-    return rows
+def task_of(index: int, source: Source, dataset: data.Dataset, cfg: Options, recipe: Recipe, model: Transformer,
+            shift_of: Shift) -> Task:
+    """A source with its teacher and its method; the captions of --keep get pictures if that method learns from such."""
+    method = METHODS[METHODS[cfg.method].keeps if source.is_kept else cfg.method]
+    if source.is_kept and "x0" in method.needs:
+        dataset = Prior(dataset, model, shift_of, recipe.inference_steps)
+    return Task(source.name, dataset, adapter_of(source.teacher, model), index, source.weight, source.batches,
+                not source.is_kept, method)
 
 
 def adapter_of(teacher: str, model: Transformer) -> lora.Adapter | None:

@@ -7,8 +7,8 @@ from PIL import Image
 
 from tiny.concepts import firsts
 from experiments.measure import picture_file
-from experiments.protocol import BASE, TEACHER, Training
-from experiments.report import DRAWN, NAMES, Report
+from experiments.protocol import BASE, TEACHER, TITLES
+from experiments.report import DRAWN, Report
 from plumbing.files import InputError, check_writable
 from plumbing.pictures import panel, save_png
 from tiny.world import SIDE
@@ -48,8 +48,7 @@ def draw_curves(report: Report, path: Path) -> list[Path]:
                          if (mean := report.mean(asked, measure)) is not None}
                 if len(means) > 1:                                  # step 0 is the base: alone it is no curve
                     drawn = True
-                    axis.plot(*zip(*means.items()), marker="o", markersize=3, color=f"C{number}",
-                              label=NAMES.get(label, label))
+                    axis.plot(*zip(*means.items()), marker="o", markersize=3, color=f"C{number}", label=label)
             goal = report.mean(report.plan.reference(TEACHER, report.plan.curve_concepts), measure)
             if goal is not None:
                 axis.axhline(goal, linestyle="--", color="gray", label=TEACHER)
@@ -74,21 +73,21 @@ def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
 
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
-    """Rows: prompts of one object and one style, and an ordinary one for each; columns: base, methods, teacher's view.
+    """Prompts of one object and one style, and an ordinary one for each; columns: base, table 1, teacher's view.
     The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
     """
-    rows, columns = [], {method: [] for method in (BASE, *NAMES, TEACHER)}
+    rows, columns = [], {row: [] for row in (BASE, *TITLES, TEACHER)}
     for concept in firsts(report.plan.curve_concepts, lambda name: report.plan.concepts[name]["kind"]):
-        files = {method: picture_file(path.parent, Training(method, concept)) for method in columns}
-        strips = {method: tiles(file) for method, file in files.items() if file.is_file()}
+        files = {row: picture_file(path.parent, row, concept) for row in columns}
+        strips = {row: tiles(file) for row, file in files.items() if file.is_file()}
         prompts = next((prompts for _, prompts in strips.values()), [])
         rows += [f"{prompt} ([V]: {report.plan.concepts[concept]['words']})" if "[V]" in prompt else prompt
                  for prompt in prompts]
-        for method, images in columns.items():
-            images += strips[method][0] if method in strips else [None] * len(prompts)
+        for row, images in columns.items():
+            images += strips[row][0] if row in strips else [None] * len(prompts)
     if not rows:
         print(f"warning: no pictures for {path} in {path.parent / 'pictures'}; it stays as it is", file=sys.stderr)
         return []
-    shown = {NAMES.get(method, method): images for method, images in columns.items() if any(images)}
+    shown = {TITLES.get(row, row): images for row, images in columns.items() if any(images)}
     save_png(panel(shown, rows), path, {"prompt": "\n".join(rows), "settings": report.results.key})
     return [path]

@@ -58,9 +58,10 @@ class Examiner:
         contexts, times = seen if training.method == TEACHER else said, settings.diverse_noises
         drawn = self.judge.draw(contexts, noise, adapter, measurement.sampler)
         measures, shown = of_concept(reader(drawn), prompts), drawn[:SHOWN[0]]
-        several = [context for context in contexts[:len(noise_again) // times] for _ in range(times)]
-        again = self.judge.draw(several, noise_again, adapter, measurement.sampler)
-        measures["diversity"] = diversity(reader(again), times, reader.render)
+        if not training.is_trained or {"table 1", "table 2"} & set(measurement.groups):
+            several = [context for context in contexts[:len(noise_again) // times] for _ in range(times)]
+            again = self.judge.draw(several, noise_again, adapter, measurement.sampler)
+            measures["diversity"] = diversity(reader(again), times, reader.render)
         if training.method != TEACHER:
             drawn = self.judge.draw(self.usual, self.noise, adapter, measurement.sampler)
             measures |= of_ordinary(reader(drawn), self.ordinary)
@@ -74,10 +75,10 @@ class Examiner:
         in_table = training.method in (BASE, TEACHER) or (
             "table 1" in measurement.groups and training.seed == plan.settings.seeds[0])
         if in_table and measurement.sampler == plan.sampler and training.concept in plan.curve_concepts:
-            save_png(grid(shown, columns=len(prompts), scale=1), picture_file(self.out, training),
-                     {"prompts": json.dumps(prompts)})
+            save_png(grid(shown, columns=len(prompts), scale=1),
+                     picture_file(self.out, plan.row_of(training), training.concept), {"prompts": json.dumps(prompts)})
 
 
-def picture_file(out: Path, training: Training) -> Path:
-    """Pictures of a training for the panel."""
-    return out / "pictures" / f"{training.concept}_{Training(training.method).name}.png"
+def picture_file(out: Path, row: str, concept: str) -> Path:
+    """Pictures of a row of table 1 for the panel."""
+    return out / "pictures" / f"{concept}_{Training(row).name}.png"

@@ -4,10 +4,10 @@
     python -m experiments.merge --quick --workers 2     # one seed, few steps and prompts
     python -m experiments.merge --report                # the table again, from merge.jsonl
 
-D-OPSD (arXiv 2605.05204) with the recipe's values makes an adapter for each of three held-out objects and a held-out
-style. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all for as
-many rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises. Pictures are
-drawn with the model's own solver steps on the ODE, whatever noise a student's rollouts had.
+D-OPSD (arXiv 2605.05204) as published, without --keep, makes an adapter for each of three held-out objects and a
+held-out style. From the four: their sum, their average, and students that train.py teaches with `--teacher-lora`, all
+for as many rounds: flow matching on what the teachers draw, Eq. 7 on the ODE, the KL per step at several noises.
+Pictures are drawn with the model's own solver steps on the ODE, whatever noise a student's rollouts had.
 
 Differs from the paper: its teachers come from reinforcement learning and each has a reward; ours each know a concept.
 All concepts are called "[V]", so captions name an object's class, too, as DreamBooth's "a [V] dog" does: "a big [V]
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import data
 import lora
-from experiments.protocol import BASE, METHODS, Job, Measurement, Training, left, passes_per_step
+from experiments.protocol import BASE, GRADIENT_PASS, Job, Measurement, Training, cost_of, left
 from experiments.report import markdown, with_spread
 from experiments.results import Results, facts_of, fingerprint
 from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder
@@ -36,6 +36,8 @@ from plumbing.files import check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
+from plumbing.train_options import NONE
+from train import METHODS
 from tiny import concepts as drawing
 from tiny.concepts import Concept
 from tiny.score import Judge, Prompts, named_captions, named_prompts, of_concept, of_ordinary, ordinary_prompts
@@ -43,6 +45,7 @@ from tiny.world import COLUMN, Renderer
 
 USUAL = ("ordinary", "ordinary, decided")  # of the table; the lines have all of tiny/score.py
 TEACHER = "teacher alone"
+RECIPE = {"lr": 3e-4, "batch_size": 4, "keep": NONE, "grad_states": None}   # the methods as published
 ROWS = {  # label -> method, options of train.py where they differ from the recipe
     BASE: (BASE, ()),
     TEACHER: ("dopsd", ()),
@@ -132,10 +135,11 @@ class Plan:
             names, steps = [*(c.name for c in self.concepts), ""], self.settings.rounds
             sources, words = list(map(captions_folder, self.concepts)), ["--teacher-lora", *self.teacher_files(seed)]
         steps, lr = (steps, self.recipe.lr) if method in METHODS else (0, None)
+        words += ["--batch-size", self.recipe.batch_size, "--keep", NONE]
         points = [Measurement(Training(method, name, seed, lr, options), steps, self.recipe.inference_steps)
                   for name in names]
-        passes = len(sources) * self.recipe.accumulate * passes_per_step(method, self.recipe.rollout_steps)
-        return Job(points[-1].training, tuple(points), ("--data", *map(str, [*sources, *words])), passes, step=steps)
+        cost = len(sources) * cost_of(method, asdict(self.recipe))
+        return Job(points[-1].training, tuple(points), ("--data", *map(str, [*sources, *words])), cost, step=steps)
 
     def jobs(self) -> tuple[list[Job], list[Job]]:
         """Base and teachers, then what needs the teachers."""
@@ -185,14 +189,14 @@ def table(results: Results) -> str:
         usual = len(concepts) if label == TEACHER else 1            # lines with ordinary prompts, for one seed
         cells = [spread([line for line in lines if line["concept"] == name], "concept") for name in concepts]
         cells += [spread(lines, "concept", len(concepts)), *(spread(lines, name, usual) for name in USUAL)]
-        rows.append([label, *cells, *(str(max((line[cost] for line in lines), default=0) or "")
-                                      for cost in ("step", "passes"))])
-    head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *USUAL, "steps", "passes"]
+        rows.append([label, *cells, *(f"{worth:g}" if worth else "" for worth in (
+            max((line[cost] for line in lines), default=0) for cost in ("step", "cost")))])
+    head = ["", *(facts["words"] for facts in concepts.values()), "mean of the concepts", *USUAL, "steps", "cost"]
     about = (f"Settings {results.key}, seeds {', '.join(map(str, s['seeds']))}: {s['concept_prompts']} prompts with "
              f"[V] for each concept, {s['ordinary_prompts']} ordinary ones. Concept columns: share of the concept's "
              "attributes that are right. ± is the standard deviation over seeds; the base has none. The row of the "
-             "teachers has in each concept's column its own teacher, in the others the mean over all of them. Passes: "
-             "forward passes of batches for one seed (teachers: for one of them).")
+             "teachers has in each concept's column its own teacher, in the others the mean over all of them. Cost: "
+             f"forward passes of one picture, with a gradient {GRADIENT_PASS:g}, for one seed (or one teacher).")
     return "\n\n".join(["# Several adapters into one", about, markdown(head, rows)]) + "\n"
 
 
@@ -217,9 +221,10 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
     concepts = prepare(settings, out / "concepts" / "merge")
-    plan = Plan(settings, concepts, recipe_of(model), out / "runs")
+    recipe = replace(recipe_of(model), **RECIPE)
+    plan = Plan(settings, concepts, recipe, out / "runs")
     teacher = plan.job(TEACHER, concept=concepts[0])
-    facts = facts_of(asdict(settings), concepts, model)
+    facts = facts_of(asdict(settings), concepts, model, recipe)
     facts |= {"teachers": {"lr": teacher.training.lr, "steps": teacher.step},
               "captions": {c.name: fingerprint({"texts": texts_of(c, settings)[1]}) for c in concepts}}
     results = Results(out / "merge.jsonl", facts)

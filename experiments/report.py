@@ -8,19 +8,19 @@ from statistics import fmean
 
 from plumbing.comparison import mean_and_spread, paired
 from experiments.measure import MEASURES
-from experiments.protocol import (BASE, CAUSES, GENTLE, LESSONS, LONGER, TEACHER, VALIDATION, Curve, Measurement, Plan,
+from experiments.protocol import (BASE, GRADIENT_PASS, TEACHER, TITLES, VALIDATION, Curve, Measurement, Plan,
                                   Settings, Training)
 from experiments.results import Results, choose_rates, score_of_rate
 
 NOT_RUN = "not run"
-NAMES = {"sft": "SFT", "sft-teacher": "SFT on teacher samples", "off-policy": "off-policy", "pso": "PSO",
-         "dopsd": "D-OPSD"}                                         # in the order of the rows
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
-BESIDE = COMPARED[1:]                                               # what table 3 compares, at equal concept fidelity
 DRAWN = COMPARED[:3]                                                # what curves show
-RETAINED = ("ordinary", "ordinary, distance")
-COST = ("step", "passes", "seconds")
+LOST = COMPARED[1:3]                                                # what shall stay as the untuned model has it
+RETAINED = ("ordinary", "ordinary, distance", "ordinary, decided")
+COST = ("step", "cost", "seconds")
 CELL = "Each cell: " + " / ".join(DRAWN)
+TESTED = ("Paired differences: mean, [95 % bootstrap interval], p of the sign-flip test over pairs of (concept, seed); "
+          "in brackets p over concept means.")
 
 
 class Report:
@@ -32,31 +32,30 @@ class Report:
         self.plan = Plan(self.settings, facts["concepts"], facts["recipe"])
         self.plan.rates = choose_rates(self.plan, results)
         self.base = self.plan.reference(BASE, self.plan.test)
+        self.before = {line["concept"]: line["measures"] for line in results.of(self.base)}
 
     def text(self) -> str:
         s, plan = self.settings, self.plan
-        (one, one_tests, by_concept), (two, two_tests, _) = (self.comparison(equal) for equal in ("steps", "passes"))
         parts = [
             "# Results", f"Settings {self.results.key}: {len(plan.test)} test concepts, {len(s.seeds)} seeds, "
             f"{s.concept_prompts} prompts with [V] and {s.ordinary_prompts} ordinary ones per measurement, "
             f"{plan.sampler} solver steps. The protocol in words: experiments/README.md. ± is the standard deviation "
-            "over concepts and seeds (base and teacher's view: over concepts).",
-            "## Table 1: equal optimizer steps", one, "Paired differences: mean, [95 % bootstrap interval], p of the "
-            "sign-flip test over pairs of (concept, seed); in brackets p over concept means.", one_tests,
-            "Concept fidelity by concept, mean over seeds:", by_concept,
-            "## Table 2: equal forward passes", two, "Paired differences:", two_tests,
-            "## Table 3: equal concept fidelity",
-            f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept: straight lines between steps "
-            f"{', '.join(map(str, plan.early_steps))}; seed {s.seeds[0]}.", *self.at_equal_concept(),
-            "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy, on the tuning concepts.",
-            self.learning_rates(), "## Curves", f"{CELL}; mean over {', '.join(plan.curve_concepts)}; one seed."]
+            "over concepts and seeds (base and teacher's view: over concepts). Cost: forward passes of one picture, "
+            f"with a gradient one counts {GRADIENT_PASS:g}.",
+            "## Table 1: equal optimizer steps", *self.comparison("steps"),
+            "## Table 2: equal cost", *self.comparison("cost"),
+            "## Table 3: the cost of a concept", *self.costs(),
+            "## Learning rates", "Concept fidelity minus the loss of ordinary accuracy and of decided marks, on the "
+            "tuning concepts.", self.learning_rates()]
+        if s.ablations:
+            parts += ["## What is kept", f"Table 1's D-OPSD with other --keep; seed {s.seeds[0]}, all test concepts.",
+                      *self.varied(plan.kept()), "## Learned states",
+                      f"Mean over {', '.join(plan.curve_concepts)}; all seeds.", *self.varied(plan.states())]
+        parts += ["## Curves", f"{CELL}; mean over {', '.join(plan.curve_concepts)}; one seed."]
         for title, curves in plan.ablations().items():
             parts += [f"By {title}:", self.curve_table(curves)]
         if s.lessons:
-            parts += ["## What the numbers teach", "D-OPSD, same concepts, one seed.", *self.lessons(),
-                      "## A smaller learning rate", *self.gentle(),
-                      "## Causes", "Longer runs, a faster EMA, a finer grid. Cells, concepts and seed as for the "
-                      "curves.", self.curve_table(plan.curves(CAUSES), [LONGER])]
+            parts += ["## What the numbers of the recipe do", "Same concepts, one seed.", *self.varied(plan.lessons())]
         parts += ["## The measures themselves", "On true renderings and on damaged ones:", self.validation()]
         return "\n\n".join(parts) + "\n"
 
@@ -70,103 +69,107 @@ class Report:
         lines = self.results.of(asked)
         return " / ".join(filter(None, cells(lines, DRAWN, spread=False))) if lines else NOT_RUN
 
-    def comparison(self, equal: str) -> tuple[str, str, str]:
-        """Table 1 or 2, D-OPSD against each other method, and concept fidelity by concept."""
-        methods = {name: self.plan.table(method, equal) for method, name in NAMES.items()}
-        rows = {BASE: self.base, **methods, TEACHER: self.plan.reference(TEACHER, self.plan.test)}
-        lines = {label: self.results.of(asked) for label, asked in rows.items()}
-        before, table = {line["concept"]: line["measures"] for line in lines[BASE]}, []
-        for label, made in lines.items():
-            retained = [{"measures": {name: value - before[line["concept"]][name] for name, value in
-                                      line["measures"].items()}} for line in made if line["concept"] in before]
-            table.append([label, *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
-                          *(cells(made, COST, "{:.0f}", spread=False) if label in methods else [""] * len(COST)),
-                          f"{len(made)} of {len(rows[label])}" if rows[label] else NOT_RUN])
-        head = ["", *MEASURES, "retention: ordinary", "retention: distance", "steps", "passes", "seconds", "measured"]
+    def untuned(self, lines: list[dict]) -> list[dict]:
+        """For each line the untuned model's at the same concept."""
+        return [{**line, "measures": self.before[line["concept"]]} for line in lines if line["concept"] in self.before]
+
+    def comparison(self, equal: str) -> list[str]:
+        """Table 1 or 2, its tests, and (table 1) concept fidelity by concept."""
+        asked = {row: self.plan.table(row, equal) for row in TITLES}
+        asked = {BASE: self.base, **asked, TEACHER: self.plan.reference(TEACHER, self.plan.test)}
+        lines, table = {row: self.results.of(points) for row, points in asked.items()}, []
+        for row, made in lines.items():
+            retained = minus(made, self.untuned(made), RETAINED)
+            table.append([TITLES.get(row, row), *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
+                          *(cells(made, COST, "{:.0f}", spread=False) if row in TITLES else [""] * len(COST)),
+                          f"{len(made)} of {len(asked[row])}" if asked[row] else NOT_RUN])
+        head = ["", *MEASURES, *(f"retention: {name.removeprefix('ordinary, ')}" for name in RETAINED), "steps", "cost",
+                "seconds", "measured"]
+        tests = [[f"{TITLES[row]} - {BASE}", *compared(lines[row], self.untuned(lines[row]))] for row in TITLES]
+        tests += [[f"{TITLES[ours]} - {TITLES[row]}", *compared(lines[ours], lines[row])]
+                  for ours, row in [*(("dopsd", row) for row in TITLES if row != "dopsd"), ("published", "dreambooth")]]
+        gains = [minus(lines[kept], lines[row], COMPARED)
+                 for kept, row in (("dopsd", "published"), ("sft-keep", "sft"))]
+        tests += [["what keep gives D-OPSD - what it gives SFT", *compared(*gains)]]
         by_concept = [[self.plan.concepts[concept]["words"], *(
             cells([line for line in made if line["concept"] == concept], ["concept"], spread=False)[0]
             for made in lines.values())] for concept in self.plan.test]
-        return (markdown(head, table), compared({label: lines[label] for label in methods}, COMPARED),
-                markdown(["", *rows], by_concept))
+        return [markdown(head, table), TESTED, markdown(["", *COMPARED, "pairs"], tests), *(
+            ["Concept fidelity by concept, mean over seeds:", markdown(
+                ["", *(TITLES.get(row, row) for row in lines)], by_concept)] if equal == "steps" else [])]
 
-    def crossings(self, method: str) -> tuple[list[dict], int]:
-        """Where runs reach `part` of the teacher's fidelity of their concept: lines for `compared`, one per concept
-        that is reached in table 1's steps; and of how many concepts. Between measured steps a straight line."""
-        lines, measured = [], 0
+    def crossings(self, row: str) -> tuple[list[dict], int]:
+        """Where runs reach `part` of the teacher's fidelity of their concept: lines with what it costs, one per concept
+        that is reached in the measured steps; and of how many concepts. Between measured steps a straight line."""
+        method, options = self.plan.method_of(row)
+        lines, measured, cost = [], 0, self.plan.cost(method, dict(options))
         for concept in self.plan.test:
-            curve = {step: self.results.measures(made) for step, made in self.plan.early(method, concept).items()}
+            curve = {step: self.results.of(made) for step, made in self.plan.early(row, concept).items()}
             teacher = self.mean(self.plan.reference(TEACHER, [concept]))
             if not curve or teacher is None or not all(curve.values()):
                 continue
             measured += 1
-            found = crossing({step: [m[name] for name in COMPARED] for step, (m,) in curve.items()},
+            names = [*DRAWN, "seconds"]
+            found = crossing({step: [values_of(made, name)[0] for name in names] for step, made in curve.items()},
                              self.settings.part * teacher)
             if found:
-                lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": found[0],
-                              "measures": dict(zip(COMPARED, found[1:]))})
+                step, *values = found
+                lines.append({"concept": concept, "seed": self.settings.seeds[0], "step": step,
+                              "cost": cost[0] + step * cost[1], "seconds": values.pop(),
+                              "measures": dict(zip(DRAWN, values))})
         return lines, measured
 
-    def at_equal_concept(self) -> list[str]:
+    def within(self, lines: list[dict]) -> int:
+        """How many lose no more than `most_lost`."""
+        lost = minus(self.untuned(lines), lines, LOST)
+        return sum(all(line["measures"][name] <= most for name, most in zip(LOST, self.settings.most_lost))
+                   for line in lost)
+
+    def costs(self) -> list[str]:
         """Table 3 and its tests."""
-        table, found = [[BASE, "0", *cells(self.results.of(self.base), BESIDE), ""]], {}
-        for method, name in NAMES.items():
-            found[name], measured = self.crossings(method)
-            row = [*cells(found[name], ["step"], "{:.0f}"), *cells(found[name], BESIDE)]
-            if measured and not found[name]:
-                row = ["not reached"] * len(row)
-            table.append([name, *row, f"{len(found[name])} of {measured}"])
-        return [markdown(["", "step", *BESIDE, "concepts that reach it"], table),
-                "Paired differences, over concepts:", compared(found, BESIDE)]
+        s, table, found = self.settings, [], {}
+        for row, title in TITLES.items():
+            found[row], measured = self.crossings(row)
+            made = [*cells(found[row], COST, "{:.0f}"),
+                    *cells(minus(found[row], self.untuned(found[row]), LOST), LOST, "{:+.3f}")]
+            if measured and not found[row]:
+                made = ["not reached"] * len(made)
+            table.append([title, f"{len(found[row])} of {measured}", str(self.within(found[row])), *made])
+        tests = [[f"{TITLES['dopsd']} - {TITLES[row]}", *compared(found["dopsd"], found[row], (*LOST, "cost"))]
+                 for row in TITLES if row != "dopsd"]
+        steps = sorted({step for row in self.plan.rates for step in self.plan.early(row, "")})
+        return [f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept, seed {s.seeds[0]}, and "
+                f"what it has lost there against the untuned model; within bounds: no more than {s.most_lost[0]:g} of "
+                f"ordinary accuracy and {s.most_lost[1]:g} of decided marks. Straight lines between measured steps "
+                f"({', '.join(map(str, steps))}, for each row those that it has).",
+                markdown(["", "concepts that reach it", "within bounds", *COST, *LOST], table),
+                "Paired differences, over concepts:", markdown(["", *LOST, "cost", "pairs"], tests)]
+
+    def varied(self, variants: dict[str, list[Measurement]]) -> list[str]:
+        """A table of variants, and the first one's test against each other one."""
+        lines = {label: self.results.of(asked) for label, asked in variants.items()}
+        first, *others = variants
+        return [markdown(["", *DRAWN, *COST[1:], "measured"], [
+            [label, *cells(made, DRAWN), *cells(made, COST[1:], "{:.0f}", spread=False),
+             f"{len(made)} of {len(variants[label])}"] for label, made in lines.items()]),
+                f"{first}, minus each other one. {TESTED}", markdown(["", *DRAWN, "pairs"], [
+                    [label, *compared(lines[first], lines[label], DRAWN)] for label in others])]
 
     def learning_rates(self) -> str:
         """What was tried, and what was chosen."""
         rates, table = self.settings.rates, []
-        for method, name in NAMES.items():
-            given, chosen = method in dict(self.settings.fixed), self.plan.rates.get(method)
-            scores = [score_of_rate(self.plan, self.results, method, rate) for rate in rates]
+        for row, title in TITLES.items():
+            given, chosen = row in dict(self.settings.fixed), self.plan.rates.get(row)
+            scores = [score_of_rate(self.plan, self.results, row, rate) for rate in rates]
             tried = ["not tried" if given else NOT_RUN if score is None else f"{score:.3f}" for score in scores]
-            table.append([name, *tried, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
+            table.append([title, *tried, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in rates), "chosen"], table)
 
-    def curve_table(self, curves: dict[str, Curve], longer: Sequence[int] = ()) -> str:
+    def curve_table(self, curves: dict[str, Curve]) -> str:
         """The means of each curve at each of its steps."""
-        steps = [0, *self.settings.curve_steps, *longer]
+        steps = [0, *self.settings.curve_steps]
         return markdown(["step", *map(str, steps)], [
-            [NAMES.get(label, label), *("" if curve and step not in curve else self.triple(curve.get(step, []))
-                                        for step in steps)] for label, curve in curves.items()])
-
-    def learned_at(self, curve: Curve) -> str:
-        """The first measured step with `part` of the teacher's concept fidelity, of means over concepts."""
-        goal = self.mean(self.plan.reference(TEACHER, self.plan.curve_concepts))
-        means = {step: self.mean(asked) for step, asked in curve.items()}
-        if goal is None or not means or None in means.values():
-            return NOT_RUN
-        found = [step for step, mean in sorted(means.items()) if mean >= self.settings.part * goal]
-        return str(found[0]) if found else f"later than {max(means)}"
-
-    def lessons(self) -> list[str]:
-        """What each number of the recipe does; then rollouts of K steps, sampled with other numbers of steps."""
-        s, table = self.settings, []
-        for label, curve in self.plan.curves(LESSONS).items():
-            last = self.results.of(curve.get(s.curve_steps[-1], []))
-            table.append([label, self.learned_at(curve), *cells(last, DRAWN, spread=False),
-                          *cells(last, COST[1:], "{:.0f}", spread=False)])
-        samplers = [[label, *map(self.triple, row.values())] for label, row in self.plan.samplers().items()]
-        return [markdown(["", f"step with {s.part:g} of the teacher's concept", *DRAWN, *COST[1:]], table),
-                f"{CELL} (teacher's view: concept).",
-                markdown(["sampled with", *(f"{n} steps" for n in s.lesson_samplers)], samplers)]
-
-    def gentle(self) -> list[str]:
-        """Table 1's first seed at the learning rates that were chosen and at a smaller one, and the latter's test."""
-        table, tested = [], {}
-        for method in ("sft", "dopsd"):
-            for rate in (self.plan.rates.get(method), GENTLE):
-                lines = self.results.of(self.plan.trained(method, self.plan.test, self.settings.steps, rate=rate))
-                table.append([NAMES[method] + (f", {rate:g}" if rate else ""), *cells(lines, COMPARED)])
-            tested[NAMES[method]] = lines
-        return [f"Table 1 with seed {self.settings.seeds[0]}, at the chosen rates and at {GENTLE:g}.",
-                markdown(["", *COMPARED], table), f"Paired differences at {GENTLE:g}, over concepts:",
-                compared(tested, COMPARED)]
+            [label, *(self.triple(curve.get(step, [])) for step in steps)] for label, curve in curves.items()])
 
     def validation(self) -> str:
         """The measures on renderings and on damaged ones."""
@@ -210,14 +213,19 @@ def with_spread(values: list[float], form: str = "{:.3f}") -> str:
     return form.format(mean) + (f" ± {form.replace('+', '').format(spread)}" if len(values) > 1 else "")
 
 
-def compared(lines: dict[str, list[dict]], names: Sequence[str]) -> str:
-    """The last method, D-OPSD, against the others, where both have the same concept and seed."""
-    (*others, ours), table = lines, []
-    for other in others:
-        found = [paired(lines[ours], lines[other], name) for name in names]
-        table.append([f"{ours} - {other}", *(str(test or NOT_RUN) for test in found),
-                      str(found[0].count if found[0] else 0)])
-    return markdown(["", *names, "pairs"], table)
+def minus(ours: list[dict], theirs: list[dict], names: Sequence[str]) -> list[dict]:
+    """Differences of measures, where both have the same concept and seed."""
+    other = {(line["concept"], line["seed"]): line["measures"] for line in theirs}
+    return [{**line, "measures": {name: line["measures"][name] - other[where][name] for name in names
+                                  if name in line["measures"]}}
+            for line in ours if (where := (line["concept"], line["seed"])) in other]
+
+
+def compared(ours: list[dict], theirs: list[dict], names: Sequence[str] = COMPARED) -> list[str]:
+    """Cells: the test of each measure (or cost), where both have the same concept and seed, and the number of pairs."""
+    ours, theirs = ([{**line, "measures": {**line, **line["measures"]}} for line in side] for side in (ours, theirs))
+    found = [paired(ours, theirs, name) for name in names]
+    return [*(str(test or NOT_RUN) for test in found), str(found[0].count if found[0] else 0)]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

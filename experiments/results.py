@@ -11,24 +11,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
+import data
 import train
 from tiny.concepts import Concept
 from experiments.measure import METRICS
 from experiments.protocol import BASE, Job, Measurement, Plan, Training
-from plumbing.checkpoints import recipe_of
+from plumbing.recipes import Recipe
 from plumbing.files import InputError, append_json_line, model_key, write_bytes
 
 RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
           "beta")
+KEEP = ("grad_states", "keep_weight")
 
 
-def facts_of(protocol: dict, concepts: Iterable[Concept], model: Path) -> dict:
+def facts_of(protocol: dict, concepts: Iterable[Concept], model: Path, recipe: Recipe, names: Iterable[str] = RECIPE
+             ) -> dict:
     """All that decides the numbers, as JSON: two results files with the same facts may be joined."""
-    recipe = {**dataclasses.asdict(recipe_of(model)), "beta": train.Options.beta}
+    values = {**dataclasses.asdict(recipe), "beta": train.Options.beta}
     about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in concepts}
     key = model_key(model, "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
-    return {"protocol": protocol, "recipe": {name: recipe[name] for name in RECIPE}, "concepts": about, "model": key,
+    return {"protocol": protocol, "recipe": {name: values[name] for name in names}, "concepts": about, "model": key,
             "metrics": METRICS}
+
+
+def fingerprint_of_captions(path: Path | str) -> str:
+    return fingerprint({"texts": [row.captions for row in data.read_folder(path, captions_suffice=True)]})
 
 
 def fingerprint(facts: dict) -> str:
@@ -98,7 +105,7 @@ def line_of(m: Measurement, job: Job, seconds: float, measures: dict) -> dict:
     t = m.training
     return {"run": t.name, "groups": list(m.groups), "method": t.method, "options": dict(t.options),
             "concept": t.concept, "kind": job.kind, "seed": t.seed, "lr": t.lr, "step": m.step, "sampler": m.sampler,
-            "passes": m.step * job.passes, "seconds": round(seconds, 2), "measures": measures}
+            "cost": job.first_cost + m.step * job.cost, "seconds": round(seconds, 2), "measures": measures}
 
 
 def measurement_of(line: dict) -> Measurement:
@@ -106,24 +113,24 @@ def measurement_of(line: dict) -> Measurement:
     return Measurement(training, line["step"], line["sampler"])
 
 
-def score_of_rate(plan: Plan, results: Results, method: str, rate: float) -> float | None:
-    """Mean over the tuning concepts of concept fidelity minus what ordinary accuracy loses; None until all are there.
-
-    What is lost against the base counts, what is gained does not.
+def score_of_rate(plan: Plan, results: Results, row: str, rate: float) -> float | None:
+    """Mean over the tuning concepts of concept fidelity minus what ordinary accuracy and decided marks lose; None until
+    all are there. What is lost against the base counts, what is gained does not.
     """
-    tuned, base = (results.measures(asked) for asked in (plan.tuning(method, rate),
+    tuned, base = (results.measures(asked) for asked in (plan.tuning(row, rate),
                                                          plan.reference(BASE, plan.tuning_concepts)))
     if not len(tuned) == len(base) == len(plan.tuning_concepts) > 0:
         return None
-    return fmean(m["concept"] - max(0.0, b["ordinary"] - m["ordinary"]) for m, b in zip(tuned, base))
+    return fmean(m["concept"] - sum(max(0.0, b[name] - m[name]) for name in ("ordinary", "ordinary, decided"))
+                 for m, b in zip(tuned, base))
 
 
 def choose_rates(plan: Plan, results: Results) -> dict[str, float]:
-    """Method -> its learning rate: given, or the best of those that were tried (the smaller of equal ones)."""
+    """Row -> its learning rate: given, or the best of those that were tried (the smaller of equal ones)."""
     rates, given = {}, dict(plan.settings.fixed)
-    for method in plan.settings.methods:
-        scores = {rate: score_of_rate(plan, results, method, rate) for rate in sorted(plan.settings.rates)}
+    for row in plan.settings.rows:
+        scores = {rate: score_of_rate(plan, results, row, rate) for rate in sorted(plan.settings.rates)}
         tried = [rate for rate in scores if scores[rate] is not None]
-        if method in given or tried:
-            rates[method] = given.get(method) or max(tried, key=scores.get)
+        if row in given or tried:
+            rates[row] = given.get(row) or max(tried, key=scores.get)
     return rates

@@ -23,6 +23,7 @@ from plumbing import files, lora_files
 from plumbing.files import ROOT, InputError
 from plumbing.processes import work
 from plumbing.run_folder import STATE
+from plumbing.train_options import NONE
 from tiny.score import Judge
 
 STUDENT = "student.safetensors"     # what train.py makes
@@ -70,9 +71,11 @@ class Laboratory:
 
 
 def train_words(training: Training, step: int) -> list[str]:
-    """The command line of train.py for a training until `step`, without data and folders."""
+    """The command line of train.py for a training until `step`, without data, captions to keep and folders."""
     flags = {"device": "cpu", "method": training.method, "lr": training.lr, "seed": training.seed, "steps": step,
              "sample_every": 0, "save_every": 100, **dict(training.options)}
+    if flags.get("keep") != NONE:
+        flags.pop("keep", None)                                     # Plan.jobs says where the captions are
     return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 

@@ -8,6 +8,7 @@ and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) c
 if not __package__:
     import as_module  # noqa: F401
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,24 +16,26 @@ from pathlib import Path
 from tiny import concepts as drawing
 from experiments.figures import draw_curves, draw_panel
 from experiments.measure import Examiner
-from experiments.protocol import FULL, METHODS, QUICK, Plan, Settings, left
+from experiments.protocol import FULL, QUICK, ROWS, Plan, Settings, left
 from experiments.report import Report
-from experiments.results import Results, choose_rates, facts_of
+from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint_of_captions
 from experiments.runner import Laboratory, exit_status, perform, results_folder
-from plumbing.checkpoints import EMBEDDED, model_folder
-from plumbing.files import InputError, check_writable, write_bytes
+from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
+from plumbing.files import ROOT, InputError, check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
 
+ORDINARY = ROOT / "examples" / "ordinary"
+
 
 @dataclass
 class Options:
     quick: bool = option(False, "two concepts, one seed, given learning rates: about ten minutes on two cores")
-    lessons: bool = option(False, "also what the numbers of the recipe do, and why some claims of the paper fail")
+    lessons: bool = option(False, "also what the numbers of the recipe do")
     report: bool = option(False, "run nothing: tables and figures from the results that are there")
-    method: list[str] = option([], f"run only this one of {', '.join(METHODS)}; repeatable")
+    row: list[str] = option([], f"run only this row of the tables, of {', '.join(ROWS)}; repeatable")
     concept: list[str] = option([], "folder with 4 images of 64x64 and captions with [V], instead of the test "
                                     "concepts; repeatable")
     workers: int = option(1, "number of processes, each with one thread")
@@ -47,13 +50,26 @@ def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.
     test, tuning = drawing.draw_concepts(settings.objects, settings.styles, settings.tuning_objects, settings.draw_seed)
     reader = Reader(render) if folders else None
     found = [drawing.read(folder, reader) for folder in folders] or [write(kind, row) for kind, row in test]
-    if dict(settings.fixed).keys() < set(METHODS):                              # else nothing is tuned
+    if dict(settings.fixed).keys() < set(ROWS):                              # else nothing is tuned
         words = [concept.words for concept in found]
         found += [write(kind, row, tuning=True) for kind, row in tuning if drawing.described(kind, row) not in words]
     for i, concept in enumerate(found):
         if concept.name in [other.name for other in found[:i]]:
             raise InputError(f"{concept.folder}: a second concept of the name {concept.name}; rename the folder")
     return found
+
+
+def captions_file(out: Path, seed: int, concepts: dict[str, drawing.Concept], name: str, concept: str) -> Path:
+    """The captions of that name (`ROWS`), drawn when they are asked for first; near and far are those of a concept."""
+    if name == "ordinary":
+        return ORDINARY
+    which, _, count = name.partition("-")
+    about = None if which == "ordinary" else concepts[concept]
+    path = out / "captions" / f"{name}{f'-{concept}' * bool(about)}.jsonl"
+    if not path.exists():
+        texts = drawing.other_captions(int(count), seed, about, which == "near")
+        write_bytes(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    return path
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -69,14 +85,16 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
     found = {concept.name: concept for concept in prepare(settings, out, list(folders))}
-    facts = facts_of(settings.facts(), found.values(), model)
+    facts = {**facts_of(settings.facts(), found.values(), model, recipe_of(model), RECIPE + KEEP),
+             "kept": fingerprint_of_captions(ORDINARY)}
     results, plan = Results(out / "results.jsonl", facts), Plan(settings, facts["concepts"], facts["recipe"])
     results.open()
     laboratory = partial(Laboratory, model, out / "runs", partial(Examiner, plan, found, out))
     data = {name: concept.folder for name, concept in found.items()}
+    keep = partial(captions_file, out, settings.draw_seed, found)
 
     def do(title: str, parts: dict) -> list[str]:
-        return perform(title, left(plan.jobs(parts, data), results.measured), results, workers, laboratory)
+        return perform(title, left(plan.jobs(parts, data, keep), results.measured), results, workers, laboratory)
     failed = do("first part", plan.first_part())
     plan.rates = choose_rates(plan, results)
     print("learning rates:", ", ".join(f"{name} {rate:g}" for name, rate in plan.rates.items()) or "none", flush=True)
@@ -93,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         write_report(Results(out / "results.jsonl"), out)
         return 0
-    settings = replace(QUICK if options.quick else FULL, methods=tuple(options.method) or METHODS)
+    settings = replace(QUICK if options.quick else FULL, rows=tuple(options.row) or tuple(ROWS))
     return run(settings, out, options.workers, model_folder(options.model), [Path(f) for f in options.concept],
                options.lessons)
 

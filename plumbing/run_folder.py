@@ -88,13 +88,14 @@ class Run:
             self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
                                                for key, value in moments.items()}
 
-    def log(self, losses: dict[str, float], norm: float, seconds: float) -> str:
-        """One more line of metrics.jsonl; returns the same for people. losses: of each task."""
+    def log(self, loss: float, losses: dict[str, float], norm: float, seconds: float) -> str:
+        """One more line of metrics.jsonl; returns the same for people. losses: of each task, of which `loss` is the
+        weighted mean."""
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
-        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": mean_of(losses), **each,
+        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
                                                       "gradient_norm": norm, "seconds": seconds,
                                                       "peak_memory_gb": memory})
-        shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {mean_of(losses):.4f}"
+        shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
         return f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB"
 
     def begin(self, recipe: str, data: str) -> None:
@@ -119,10 +120,6 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
         what = "images  " if task.dataset.examples[0].row.image else "captions"
         print(f"{what} {len(task.dataset.examples)}{name}: {buckets}")
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
-
-
-def mean_of(losses: dict[str, float]) -> float:
-    return sum(losses.values()) / len(losses)
 
 
 def provenance() -> dict:

@@ -1,10 +1,12 @@
 """The options of train.py: names, explanations, and what can be seen to be wrong without looking at any file."""
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import BASELINES, Method
+from data import Row, read_folder
 from encoder import TEACHER_CONTEXTS
 from loss import WEIGHTS
 from plumbing.files import InputError
@@ -15,6 +17,7 @@ OUTPUT, MACHINE = "output", "machine"
 TARGET = "image"      # in the place of a teacher's file: the run's own teacher, which is shown the target image
 UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
 NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the name of its task
+PRIOR = "dreambooth"            # the baseline that cannot do without --keep
 LEAST = {"steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "save_every": 1,
          "sample_every": 0, "lr": 0, "grad_states": 1, "beta": 0, "noise": 0, "keep_weight": 0, "keep_batches": 1}
 
@@ -34,7 +37,7 @@ class Options:
                        "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
     rollout_steps: int = option(None, "K, the number of solver steps of the student's rollout", METHOD)
     grad_states: int | None = option(None, "number of the K states to learn at, in turns from batch to batch (default: "
-                                     "all)", METHOD)
+                                     "the recipe's; all with --keep none)", METHOD)
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
     teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
                                   choices=tuple(TEACHER_CONTEXTS))
@@ -49,7 +52,7 @@ class Options:
                                choices=("vlm", "text"))
     keep: str = option(None, "captions whose pictures shall stay as they are, taught by the untuned model beside the "
                        "concept: a folder or a .jsonl file; or none", METHOD)
-    keep_weight: float = option(1.0, "weight of the loss of --keep beside that of each --data", METHOD)
+    keep_weight: float = option(None, "weight of the loss of --keep beside that of each --data", METHOD)
     keep_batches: int = option(1, "number of batches of --keep beside each batch of --data", METHOD)
     beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)
 
@@ -84,28 +87,33 @@ def check_values(cfg: Options, method: Method) -> None:
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
-    if cfg.grad_states is not None and "learned" not in method.needs:
-        raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd and off-policy, not {cfg.method}; "
-                         "leave it out")
+    keeps = cfg.keep not in (None, NONE)
+    if cfg.grad_states is not None and "learned" not in method.needs and not (keeps and method.keeps == "dopsd"):
+        raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, off-policy and for --keep, not "
+                         f"{cfg.method}; leave it out")
     teachers = cfg.teacher_lora
     if teachers and len(teachers) != len(cfg.data):
         raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "
                          f"a word, {TARGET} or {UNTUNED}")
     if teachers and not method.has_teacher:
         raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
-    if cfg.keep not in (None, NONE) and not method.has_teacher:
-        raise InputError(f"--keep {cfg.keep}: --method {cfg.method} has no teacher, which the untuned model could be; "
-                         "--keep goes with dopsd, off-policy and sft-teacher, leave one of the two out")
+    if keeps and not method.keeps:
+        others = ", ".join(name for name in BASELINES if name != cfg.method)
+        raise InputError(f"--keep {cfg.keep}: not with --method {cfg.method}, whose loss holds on to the untuned model "
+                         f"by itself; leave it out, or take --method dopsd, {others}")
     if cfg.noise and not method.takes_noise:
         raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
 
 
-def check_states(cfg: Options) -> None:
+def check_filled(cfg: Options) -> None:
     """The same for numbers that the recipe has filled in."""
     if (cfg.grad_states or 1) > cfg.rollout_steps:
         raise InputError(f"--grad-states {cfg.grad_states}: the rollout has {cfg.rollout_steps} states; give 1 to "
                          f"{cfg.rollout_steps}")
+    if cfg.keep == NONE and cfg.method == PRIOR:
+        raise InputError(f"--keep none: --method {PRIOR} needs captions whose pictures it preserves; give --keep a "
+                         "file of them, or take --method sft")
 
 
 @dataclass(frozen=True)
@@ -139,3 +147,18 @@ def sources_of(cfg: Options) -> list[Source]:
 def shows_target(cfg: Options, method: Method) -> bool:
     """Whether there is a teacher that is shown the target image."""
     return method.has_teacher and (not cfg.teacher_lora or TARGET in cfg.teacher_lora)
+
+
+def read_source(source: Source) -> list[Row]:
+    """Its rows; captions suffice where the teacher is not shown the target. Raises InputError."""
+    if not source.is_kept:
+        return read_folder(source.path, captions_suffice=source.teacher != TARGET)
+    try:
+        rows = read_folder(source.path, captions_suffice=True)
+    except InputError as error:
+        raise InputError(f"--keep {error}") from None
+    marked = sum("[V]" in caption for row in rows for caption in row.captions)
+    if marked:
+        print(f"warning: --keep {source.path}: {marked} captions say [V], the concept that is to be learned; kept as "
+              "they are, their pictures work against it, so remove them", file=sys.stderr)
+    return rows

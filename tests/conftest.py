@@ -200,7 +200,7 @@ def base(checkpoint, photos, tmp_path_factory) -> list[str]:
     """Arguments of a short run. The features are encoded once for all tests that share them."""
     return ["--data", str(photos), "--model", str(checkpoint), "--device", "cpu", "--size", "32", "--rank", "3",
             "--alpha", "6", "--rollout-steps", "2", "--batch-size", "2", "--sample-every", "0", "--lr", "1e-2",
-            "--ema", "0.7", "--loss", "v", "--cache", str(tmp_path_factory.mktemp("features"))]
+            "--ema", "0.7", "--loss", "v", "--keep", "none", "--cache", str(tmp_path_factory.mktemp("features"))]
 
 
 @pytest.fixture

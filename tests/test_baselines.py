@@ -1,15 +1,19 @@
 """The methods that D-OPSD is compared with: formulas, and a step of each against an independent computation."""
+import itertools
+import json
 import math
 
 import pytest
 import torch
-from conftest import learn, metrics
+from conftest import fill_b, learn, metrics
+from safetensors.torch import load_file
 from test_loss import draw
 from test_rollout import student
 from test_train import noise_of, norm_of, with_adapter
 
 import data
-from baselines import denoising_error, draw_sigma, off_policy, preference, sft
+import train
+from baselines import denoising_error, draw_sigma, off_policy, passes_of_rollout, preference, sft
 from rollout import sigma_grid
 
 pytestmark = pytest.mark.quick
@@ -106,6 +110,14 @@ def test_off_policy_walks_along_the_teachers_velocity():
     assert len(visited) == 3 and levels.grad is None and all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.parametrize("K, learned", [(4, 1), (4, 2), (4, 4), (8, 3), (1, 1)])
+def test_forward_passes_are_those_of_all_draws(K, learned):
+    """Over all sets of learned states: the student walks until the last one, the teacher is asked at each."""
+    sets = list(itertools.combinations(range(K), learned))
+    walked = sum(max(states) + 1 for states in sets) / len(sets)
+    assert passes_of_rollout(K, learned) == pytest.approx((walked - learned + learned, learned))
+
+
 # ---------------------------------------------------------------------------------------------------- a step
 def agrees(value: float, parts, expected: torch.Tensor) -> None:
     """A step returned the loss and left the gradient of `expected`."""
@@ -180,3 +192,55 @@ def test_pso_prefers_the_target_to_an_own_sample(filled):
             errors[name, adapter is None] = ((v - (eps - x0)) ** 2).flatten(1).mean(1)
     margin = (errors["win", True] - errors["lose", True]) - (errors["win", False] - errors["lose", False])
     agrees(value, parts, torch.log(1 + torch.exp(-3 * margin)).mean())
+
+
+@pytest.fixture
+def dreamed(prepare, tmp_path):
+    """Parts of a run of DreamBooth that keeps three captions, and a student that is not the base."""
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a moon", ["a cross", "a heart"], "a star")))
+    parts = prepare("--method", "dreambooth", "--keep", path, "--keep-weight", 3)
+    fill_b(parts.run.tuned.theta, seed=1)
+    return parts
+
+
+def test_prior_pictures_are_the_untuned_models_and_drawn_once(dreamed, monkeypatch):
+    prior, calls = dreamed.tasks[1].dataset, []
+    forward = type(dreamed.model).velocity
+    monkeypatch.setattr(type(dreamed.model), "velocity", lambda *given: calls.append(1) or forward(*given))
+    batches = [prior.batch(number) for number in range(6)]                          # three epochs
+    asked = {(index, text) for batch in batches for index, text in zip(batch.indices, batch.captions)}
+    assert len(asked) == 4 and len(calls) == 4 * 4                                  # the sampler has 4 steps
+    grid = sigma_grid(SHIFT, 4).tolist()
+    for batch in batches:
+        for index, text, context, latents in zip(batch.indices, batch.captions, batch.student_context, batch.latents):
+            x = torch.randn(1, 8, 8, 8, generator=data.generator(0, "prior", index, text))
+            for sigma, following in itertools.pairwise(grid):
+                x = x + (following - sigma) * forward(dreamed.model, x, sigma, [context], None).detach()
+            assert torch.allclose(latents, x[0], atol=1e-5) and latents.abs().max() > 0.1
+
+
+def test_dreambooth_is_fine_tuning_on_both(dreamed):
+    parameters, losses = list(dreamed.run.tuned.parameters().values()), []
+    for task in dreamed.tasks:
+        batch, rng = task.dataset.batch(0), data.generator(0, "noise", 0, *([task.index] if task.index else []))
+        eps = torch.randn(batch.latents.shape, generator=rng)
+        s = draw_sigma(rng, SHIFT, len(eps)).view(-1, 1, 1, 1)
+        v = dreamed.model.velocity((1 - s) * batch.latents + s * eps, s.flatten(), batch.student_context,
+                                   dreamed.run.tuned.theta)
+        losses.append(((v - (eps - batch.latents)) ** 2).mean())
+    expected = torch.autograd.grad((losses[0] + 3 * losses[1]) / 4, parameters)
+    found = train.gradient_of_step(dreamed.cfg, dreamed.run, dreamed.tasks, dreamed.shift_of)
+    assert list(found.values()) == pytest.approx([loss.item() for loss in losses], rel=1e-4)
+    for parameter, gradient in zip(parameters, expected):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_dreambooth_resumes(run, tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"text": "a moon"}\n{"text": "a heart"}\n')
+    flags = ("--method", "dreambooth", "--keep", tmp_path / "captions.jsonl")
+    whole, parts = run("whole", *flags, "--steps", 4), run("parts", *flags, "--steps", 2)
+    run("parts", *flags, "--steps", 4, "--resume")
+    assert metrics(whole) == metrics(parts)
+    a, b = (load_file(out / "student.safetensors") for out in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

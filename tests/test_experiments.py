@@ -15,9 +15,9 @@ from conftest import on_each_loss
 
 import train
 from experiments import measure, results, runner, table
-from experiments.protocol import (FULL, LESSONS, METHODS, QUICK, VALIDATION, Job, Measurement, Plan, Settings,
-                                  Training, left, passes_per_step)
-from experiments.report import NOT_RUN, Report, crossing
+from experiments.protocol import (FULL, GRADIENT_PASS, QUICK, ROWS, VALIDATION, Job, Measurement, Plan, Settings,
+                                  Training, left)
+from experiments.report import NOT_RUN, Report, compared, crossing, minus
 from experiments.results import Results, choose_rates, line_of
 from plumbing import pictures
 from plumbing.checkpoints import EMBEDDED
@@ -29,8 +29,9 @@ from tiny.score import Judge
 from tiny.world import draw_scenes, to_pil
 
 TINY = Settings(objects=1, styles=0, tuning_objects=0, seeds=(0,), steps=1, fixed=(("dopsd", 1e-3), ("sft", 1e-3)),
-                curve_steps=(1,), curve_objects=1, curve_styles=0, teachers=False, lessons=False, concept_prompts=2,
-                ordinary_prompts=2, diverse_prompts=1, diverse_noises=2, validation_scenes=2, methods=("dopsd", "sft"))
+                curve_steps=(1,), curve_objects=1, curve_styles=0, teachers=False, ablations=False, lessons=False,
+                concept_prompts=2, ordinary_prompts=2, diverse_prompts=1, diverse_noises=2, validation_scenes=2,
+                rows=("dopsd", "sft"))
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -75,31 +76,33 @@ def test_a_small_table_end_to_end(small):
     assert header["facts"]["protocol"]["steps"] == 1 and header["facts"]["metrics"] == measure.METRICS
     assert {line["settings"] for line in lines} == {header["settings"]} == {results.fingerprint(header["facts"])}
     found = {(line["method"], line["step"]): line for line in lines}
-    assert set(found) == {("validation", 0), ("base", 0), ("teacher's view", 0), ("dopsd", 1), ("sft", 1), ("sft", 8)}
-    assert found["dopsd", 1]["passes"] == found["sft", 8]["passes"] == 8
-    assert found["sft", 1]["groups"] == ["table 1", "table 3", "curves"] and found["sft", 8]["groups"] == ["table 2"]
-    for key in (("base", 0), ("dopsd", 1), ("sft", 8)):
+    assert set(found) == {("validation", 0), ("base", 0), ("teacher's view", 0), ("dopsd", 1), ("sft", 1), ("sft", 4)}
+    assert found["dopsd", 1]["cost"] == found["sft", 4]["cost"] == 20
+    assert found["sft", 1]["groups"] == ["table 1", "table 3", "curves"]
+    assert found["sft", 4]["groups"] == ["table 2", "table 3"]
+    for key in (("base", 0), ("dopsd", 1), ("sft", 4)):
         assert list(found[key]["measures"]) and set(found[key]["measures"]) == set(measure.MEASURES)
     assert not any(name.startswith("ordinary") for name in found["teacher's view", 0]["measures"])
     for name in ("tables.md", "curves.png", "panel.png"):
         assert (small / name).stat().st_size > 1000
     rows = [line for line in (small / "tables.md").read_text().splitlines() if line.startswith("| SFT |")]
     assert len(rows) == 5 and NOT_RUN not in rows[0] + rows[1]           # three tables, learning rates, curves
-    assert rows[2] == "| SFT | not reached | not reached | not reached | not reached | 0 of 1 |"
+    assert rows[2] == "| SFT | 0 of 1 | 0 |" + " not reached |" * 5
     assert "| PSO | not run |" in (small / "tables.md").read_text()
 
 
 def test_only_table_1_goes_into_the_panel(tmp_path):
     plan = Plan(FULL, ABOUT, RECIPE, RATES)
     examiner = SimpleNamespace(plan=plan, out=tmp_path)
-    point, other, *_ = plan.table("sft", "steps")
-    gentle = plan.gentle("sft")[0]
-    assert point.training.concept == gentle.training.concept == other.training.concept and point.step == gentle.step
-    for number, (asked, group) in enumerate(((point, "table 1"), (gentle, "gentle"), (other, "table 1"))):
+    point, *_ = plan.table("dopsd", "steps")
+    other, varied = plan.table("published", "steps")[0], plan.kept()["weight 4"][0]
+    assert point.training.concept == varied.training.concept == other.training.concept and point.step == varied.step
+    for number, (asked, group) in enumerate(((point, "table 1"), (varied, "ablations"), (other, "table 1"))):
         asked = dataclasses.replace(asked, groups=(group,))
         measure.Examiner.keep(examiner, asked, torch.full((1, 3, 64, 64), -1.0 + number), ["a prompt"])
-        file = measure.picture_file(tmp_path, point.training)
+        file = measure.picture_file(tmp_path, "dopsd", point.training.concept)
         assert pictures.open_image(file).getpixel((10, 10)) == (0, 0, 0)
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
 def test_report_only_reads(small, tmp_path, capsys):
@@ -118,7 +121,7 @@ def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path
 
     def press(loss):
         count[0] += 1
-        if count[0] == 4:
+        if count[0] == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
     with monkeypatch.context() as patch:
@@ -127,7 +130,7 @@ def test_interrupted_and_continued_is_the_same_file(small, quick_start, tmp_path
             table.run(TINY, tmp_path)
     before = lines_of(tmp_path)
     assert 0 < len(before) < len(lines_of(small))
-    assert runner.saved_step(next((tmp_path / "runs").glob("sft_*")) / STATE) == 4
+    assert runner.saved_step(next((tmp_path / "runs").glob("sft_*")) / STATE) == 3
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"settings": "' + before[0]["settings"] + '", "run": "df')
     capsys.readouterr()
@@ -157,7 +160,7 @@ def test_a_failing_run_does_not_stop_the_others(quick_start, tmp_path, monkeypat
             raise RuntimeError("no luck\nat all")
         return loss
     on_each_loss(monkeypatch, broken_once, "sft")
-    assert table.run(dataclasses.replace(TINY, methods=("sft",), seeds=(0, 1), curve_objects=0), tmp_path) == 1
+    assert table.run(dataclasses.replace(TINY, rows=("sft",), seeds=(0, 1), curve_objects=0), tmp_path) == 1
     errors = capsys.readouterr().err
     (folder,) = (tmp_path / "runs").glob("sft_*seed0*")
     assert f"RuntimeError: no luck (log: {folder / 'log.txt'})" in errors and "failed runs: 1, first sft_" in errors
@@ -186,7 +189,7 @@ def test_a_whole_last_line_without_its_end_is_kept(small, tmp_path):
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["--method", "dreambooth"], "--method dreambooth: unknown; choose from sft, "),
+    (["--row", "lora"], "--row lora: unknown; choose from sft, dreambooth, "),
     (["--workers", "0"], "--workers 0"),
     (["--lessons"], "--quick --lessons: the small version has none"),
     (["--concept", "ROOT/nothing"], "nothing: no such folder"),
@@ -225,48 +228,67 @@ def test_folders_of_the_user_replace_the_test_concepts(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- the protocol
-RECIPE = {"rollout_steps": 4, "inference_steps": 4, "accumulate": 1, "rank": 16, "alpha": 16, "ema": 0.999,
-          "loss": "x0"}
+RECIPE = {"rollout_steps": 4, "inference_steps": 4, "batch_size": 2, "accumulate": 1, "rank": 16, "alpha": 16,
+          "ema": 0.999, "loss": "x0", "grad_states": 1, "keep_weight": 2.0}
 ABOUT = {"a": {"kind": "object", "tuning": False, "words": "a"}, "b": {"kind": "object", "tuning": False, "words": "b"},
          "c": {"kind": "object", "tuning": False, "words": "c"}, "s": {"kind": "style", "tuning": False, "words": "s"},
          "t": {"kind": "object", "tuning": True, "words": "t"}, "u": {"kind": "style", "tuning": True, "words": "u"}}
 FOLDERS = {name: Path("data", name) for name in ABOUT}
-RATES = {"sft": 1e-4, "sft-teacher": 3e-4, "off-policy": 3e-4, "pso": 1e-4, "dopsd": 1e-3}
+RATES = dict(zip(ROWS, (1e-3, 5e-4, 2e-3, 5e-4, 1e-3, 5e-4, 1e-3, 5e-4, 2e-3), strict=True))
 
 
-def test_forward_passes_by_hand():
-    assert [passes_per_step(method, 4) for method in METHODS] == [1, 5, 8, 8, 8]
-    assert passes_per_step("dopsd", 8) == 16 and passes_per_step("dopsd", 4, 1) == 5
-    plan = Plan(FULL, ABOUT, RECIPE)
-    assert [plan.equal_steps(method) for method in METHODS] == [1200, 240, 150, 150, 150]
-    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("rollout_steps", 2),)), 10) == 40
-    assert plan.passes(Training("dopsd", "a", 0, 1e-3, (("grad_states", 2),)), 10) == 60
+def test_costs_by_hand():
+    """In forward passes of one picture, K = 4 states, 2 pictures; on average a walk to 1 of 4 states takes 2.5."""
+    plan, g = Plan(FULL, ABOUT, RECIPE), GRADIENT_PASS
+    one_state, all_states = 2 * (2.5 + g), 2 * (4 + 4 * g)
+    found = {row: plan.cost(method, dict(options)) for row, (method, options) in
+             {row: plan.method_of(row) for row in ROWS}.items()}
+    assert found == {"sft": (0, 2 * g), "dreambooth": (64 * 4, 4 * g), "sft-keep": (0, 2 * g + one_state),
+                     "sft-teacher": (0, 2 * (4 + g)), "pso": (0, 2 * (6 + 2 * g)), "off-policy": (0, all_states),
+                     "off-policy-keep": (0, 2 * one_state), "published": (0, all_states), "dopsd": (0, 2 * one_state)}
+    assert plan.cost("dopsd", {"grad_states": 2, "keep": "near-64"}) == (0, 2 * 2 * (10 / 3 + 2 * g))
+    assert plan.cost("dopsd", {"keep": "none", "grad_states": 1, "batch_size": 1}) == (0, 2.5 + g)
+    assert plan.cost("dopsd", {"keep_batches": 2, "rollout_steps": 2})[1] == 3 * 2 * (1.5 + g)
+    assert plan.equal_steps("sft") == 400 and plan.equal_steps("dopsd") == FULL.steps
+    assert plan.equal_steps("dreambooth") == round((2000 - 256) / (4 * g))
 
 
 def test_what_several_tables_ask_for_is_run_once():
     plan = Plan(FULL, ABOUT, RECIPE, RATES)
     parts = plan.second_part() | plan.third_part()
-    one, two = (plan.table("dopsd", equal) for equal in ("steps", "passes"))
+    one, two = (plan.table("dopsd", equal) for equal in ("steps", "cost"))
     assert one == two and len(one) == 4 * 3
-    few, many = (plan.table("sft", equal) for equal in ("steps", "passes"))
+    few, many = (plan.table("sft", equal) for equal in ("steps", "cost"))
     assert {m.training for m in few} == {m.training for m in many}
     assert plan.curve_concepts == ["a", "b", "s"]
-    curve = plan.ablations()["teachers of D-OPSD"]["EMA 0.999"]
-    assert set(curve[150]) <= set(one) and plan.curves(LESSONS)["rank 16"] == curve
+    curve = plan.ablations()["teachers of D-OPSD as published"]["EMA 0.999"]
+    assert set(curve[100]) <= set(plan.table("published", "steps")) and plan.curve("published") == curve
+    assert set(plan.kept()["as in table 1: 64 captions, weight 2"]) <= set(one)
     jobs = plan.jobs(parts, FOLDERS)
     assert len({job.training for job in jobs}) == len(jobs)
     trained = [job.training for job in jobs if job.training.is_trained]
-    # tables, teachers, lessons, causes, another learning rate: what they share is run once
-    assert len(trained) == 5 * 12 + 3 * 3 + 7 * 3 + 2 * 3 + 2 * 4
-    assert jobs[0].measurements[-1].step == 1200 or len(jobs[0].measurements) >= 5
+    # rows of the tables, teachers, captions to keep, states, lessons: what they share is run once
+    assert len(trained) == 9 * 12 + 3 * 3 + 8 * 4 + 2 * 3 * 3 + 9 * 3
+    tables = [any("table 1" in m.groups for m in job.measurements) for job in jobs]
+    assert jobs[0].measurements[-1].step == 400 or len(jobs[0].measurements) >= 4
+    assert tables.index(False) >= 9 * 12
     done = {jobs[0].measurements[0]}
     assert left(jobs, done)[0].measurements == jobs[0].measurements[1:] and left(jobs, set()) == jobs
+
+
+def test_rows_are_known_by_their_trainings():
+    plan = Plan(FULL, ABOUT, RECIPE, RATES)
+    for row in ROWS:
+        assert {plan.row_of(m.training) for m in plan.table(row, "steps")} == {row}
+    assert {plan.row_of(m.training) for m in plan.kept()["weight 4"]} == {""}
+    assert [plan.row_of(Training(name, "a")) for name in ("base", "teacher's view")] == ["base", "teacher's view"]
 
 
 def test_train_understands_every_run():
     for settings in (FULL, QUICK):
         plan = Plan(settings, ABOUT, RECIPE, RATES)
-        for job in plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), FOLDERS):
+        for job in plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), FOLDERS,
+                             lambda name, concept: Path("kept", f"{name}-{concept}")):
             run = job.training
             if not run.is_trained:
                 continue
@@ -274,6 +296,8 @@ def test_train_understands_every_run():
             assert cfg.data == [str(FOLDERS[run.concept])]
             train.check_values(cfg, train.METHODS[cfg.method])
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
+            asked = dict(run.options).get("keep")
+            assert cfg.keep == (asked if asked in (None, "none") else f"kept/{asked}-{run.concept}")
 
 
 def made_up(plan: Plan, file: Results, points, **measures) -> None:
@@ -282,12 +306,12 @@ def made_up(plan: Plan, file: Results, points, **measures) -> None:
         if point not in file.measured:
             spread = sum(map(ord, point.training.name)) % 17 / 100
             values = {name: 0.5 + spread for name in measure.MEASURES} | measures
-            file.add(line_of(point, Job(point.training, passes=1), 1.0, values))
+            file.add(line_of(point, Job(point.training, cost=1), 1.0, values))
 
 
 def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
     facts = {"protocol": FULL.facts(), "recipe": RECIPE, "concepts": ABOUT}
-    assert set(facts["protocol"]) == {field.name for field in dataclasses.fields(FULL)} - {"methods"}
+    assert set(facts["protocol"]) == {field.name for field in dataclasses.fields(FULL)} - {"rows"}
     file = Results(tmp_path / "results.jsonl", facts)
     file.open()
     assert Report(file).text().count(NOT_RUN) > 200                      # nothing was measured yet
@@ -295,29 +319,42 @@ def test_the_report_of_a_full_protocol_has_no_gaps(tmp_path):
     validation = Training(VALIDATION)
     file.add(line_of(Measurement(validation), Job(validation), 0.0, {"true renderings": {"concept (object)": 1.0}}))
     first = plan.first_part()
-    made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9)
-    good = {point for method, rate in RATES.items() for point in plan.tuning(method, rate)}
-    made_up(plan, file, good, concept=0.8, ordinary=0.95)               # what is gained in ordinary accuracy is nothing
-    made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.8)    # .85 - .10 < .8
+    decided = {"ordinary, decided": 0.9}
+    made_up(plan, file, first["reference"], concept=0.9, ordinary=0.9, **decided)
+    good = {point for row, rate in RATES.items() for point in plan.tuning(row, rate)}
+    made_up(plan, file, good, concept=0.8, ordinary=0.95, **decided)    # what is gained in ordinary accuracy is nothing
+    made_up(plan, file, first["tuning"][::2], concept=0.85, ordinary=0.8, **decided)            # .85 - .10 < .8
+    made_up(plan, file, first["tuning"], concept=0.85, ordinary=0.9, **{"ordinary, decided": 0.84})   # .85 - .06 < .8
     assert choose_rates(plan, file) == RATES
     plan.rates = RATES
     for points in (plan.second_part() | plan.third_part()).values():
         made_up(plan, file, points)
     report = Report(Results(tmp_path / "results.jsonl"))
     assert report.plan.rates == RATES and NOT_RUN not in report.text()
-    curve = plan.curve("dopsd")
-    assert report.learned_at(curve) == "0"                               # the made-up base has the teacher's fidelity
-    for step, fidelity in ((0, 0.1), (10, 0.5), (25, 0.71), (50, 0.73)):
-        for point in curve[step]:
-            report.results.measured[point]["measures"]["concept"] = fidelity
-    assert report.learned_at(curve) == "50"                              # .8 of .9
-    for point in report.results.measured:                               # .8 of .9 lies in the middle of 25 and 50
-        if point.training.concept == "a" and point.step == 50:
-            report.results.measured[point]["measures"]["ordinary"] = 0.5
-        if point.training.concept == "a" and point.step == 25:
-            report.results.measured[point]["measures"]["ordinary"] = 0.7
+    for point, line in report.results.measured.items():                 # .9 of .9 lies in the middle of 25 and 50
+        if point.training.concept == "a" and plan.row_of(point.training) == "dopsd":
+            step = min(point.step, 51)
+            line["measures"] |= {"concept": {25: 0.71, 50: 0.91}.get(step, 0.95), "ordinary": {25: 0.9}.get(step, 0.88)}
+            line["measures"] |= {"ordinary, decided": 0.5}
+            line["seconds"] = 2.0 * point.step
+        if point.training.concept == "a" and point.training.method == "base":
+            line["measures"] |= {"concept": 0.1, "ordinary": 0.899, "ordinary, decided": 0.5}
     (line,) = [line for line in report.crossings("dopsd")[0] if line["concept"] == "a"]
-    assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.6)
+    assert line["step"] == pytest.approx(37.5) and line["measures"]["ordinary"] == pytest.approx(0.89)
+    assert line["cost"] == pytest.approx(37.5 * 20) and line["seconds"] == pytest.approx(75)
+    assert report.within([line]) == 1                                    # .009 are lost
+    line["measures"]["ordinary"] = 0.888
+    assert report.within([line]) == 0
+
+
+def test_differences_by_hand():
+    ours = [{"concept": c, "seed": s, "cost": 3, "measures": {"m": v}} for c, s, v in
+            (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.2))]
+    theirs = [{**line, "cost": 1, "measures": {"m": 0.1}} for line in ours[:2]]
+    assert [line["measures"]["m"] for line in minus(ours, theirs, ("m",))] == pytest.approx([0.4, 0.6])
+    cells = compared(ours, theirs, ("m", "cost"))
+    assert cells[0].startswith("+0.500 [") and cells[1].startswith("+2.000 [") and cells[2] == "2"
+    assert compared(ours, [], ("m",)) == [NOT_RUN, "0"]
 
 
 def test_the_shipped_results_are_those_of_the_plan():
@@ -331,8 +368,8 @@ def test_the_shipped_results_are_those_of_the_plan():
     assert {m for job in jobs for m in job.measurements} == set(file.measured)
     for job in jobs:
         for line in file.of(job.measurements):
-            assert (line["run"], line["kind"], line["passes"]) == (job.training.name, job.kind,
-                                                                   line["step"] * job.passes)
+            assert (line["run"], line["kind"]) == (job.training.name, job.kind)
+            assert line["cost"] == job.first_cost + line["step"] * job.cost
     assert Report(file).text() == (shipped / "tables.md").read_text()
 
 

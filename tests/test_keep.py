@@ -14,9 +14,19 @@ import train
 from plumbing import checkpoints
 from plumbing.files import ROOT, InputError
 from plumbing.options import parse
-from plumbing.train_options import Source, sources_of
+from plumbing.train_options import Source, read_source, sources_of
 
 STATE = "state.safetensors"
+
+
+def options(out) -> dict:
+    return json.loads((out / "config.json").read_text())["options"]
+
+
+def parse_without_keep(options: type, argv: list[str], description: str):
+    """The command line of `base` without its --keep none."""
+    first = argv.index("--keep")
+    return parse(options, argv[:first] + argv[first + 2:], description)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def captions(tmp_path_factory):
 
 def test_it_is_a_task_that_could_be_given_otherwise(run, photos, captions):
     """The same numbers as two --data, the second one taught by the untuned model."""
-    kept = run("kept", "--keep", captions, "--steps", 3)
+    kept = run("kept", "--keep", captions, "--keep-weight", 1, "--grad-states", 2, "--steps", 3)
     given = run("given", "--data", photos, captions, "--teacher-lora", "image", "untuned", "--steps", 3)
     a, b = (load_file(out / STATE) for out in (kept, given))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -81,11 +91,11 @@ def test_panels_are_about_the_concept(run, captions):
 
 
 def test_resume_is_the_same_run(run, captions):
-    flags = ("--keep", captions, "--keep-batches", 2, "--keep-weight", 2, "--grad-states", 1)
+    flags = ("--keep", captions, "--keep-batches", 2, "--keep-weight", 3, "--grad-states", 1)
     whole, parts = run("whole", *flags, "--steps", 4), run("parts", *flags, "--steps", 2)
     run("parts", *flags, "--steps", 4, "--resume")
     assert_same_run(whole, parts)
-    with pytest.raises(InputError, match="--resume: --keep-weight was 2.0 and is now 1.0"):
+    with pytest.raises(InputError, match="--resume: --keep-weight was 3.0 and is now 2.0"):
         run("parts", *flags[:4], "--grad-states", 1, "--steps", 5, "--resume")
 
 
@@ -94,18 +104,40 @@ def test_the_recipes_captions_are_the_default(run, captions, monkeypatch):
     backbone = dataclasses.replace(checkpoints.Z_IMAGE, recipes=(checkpoints.Z_IMAGE.recipes[0], small))
     monkeypatch.setattr(checkpoints, "BACKBONES", (backbone,))
 
-    def kept(out) -> str:
-        return json.loads((out / "config.json").read_text())["options"]["keep"]
+    monkeypatch.setattr(train, "parse", parse_without_keep)
+    found = {name: options(run(name, "--steps", 1, *flags)) for name, flags in (
+        ("default", ()), ("off", ("--keep", "none")), ("one", ("--keep", "none", "--grad-states", 1)),
+        ("sft", ("--method", "sft")), ("prior", ("--method", "dreambooth")))}
+    kept = {name: (given["keep"], given["grad_states"]) for name, given in found.items()}
+    assert kept == {"default": (str(captions), 1), "off": ("none", None), "one": ("none", 1), "sft": ("none", None),
+                    "prior": (str(captions), 1)}
+    assert found["default"]["keep_weight"] == small.keep_weight == 2
 
-    assert kept(run("default", "--steps", 1)) == str(captions)
-    assert kept(run("off", "--steps", 1, "--keep", "none")) == "none"
-    assert kept(run("sft", "--steps", 1, "--method", "sft")) == "none"                 # has no teacher at all
+
+def test_who_names_teachers_names_all_of_them(run, photos, adapter_file, monkeypatch):
+    monkeypatch.setattr(train, "parse", parse_without_keep)
+    out = run("merged", "--data", photos, "--teacher-lora", adapter_file, "--steps", 1)
+    assert options(out)["keep"] == "none"
 
 
-@pytest.mark.parametrize("method", ["off-policy", "sft-teacher"])
-def test_it_goes_with_other_methods_that_have_a_teacher(run, captions, method):
-    out = run(method, "--method", method, "--keep", captions, "--steps", 2)
-    assert len(metrics(out)) == 2 and (out / "teacher.safetensors").is_file()
+@pytest.mark.parametrize("method", ["off-policy", "sft-teacher", "sft"])
+def test_other_methods_keep_as_dopsd_does(run, prepare, captions, method):
+    """The kept captions have the loss of `dopsd` on the student's own rollout, at one of two states."""
+    flags = ("--method", method, "--keep", captions, "--grad-states", 1)
+    parts = prepare(*flags)
+    fill_b(parts.run.tuned.theta, seed=1)
+    given = train.bind(parts.cfg, parts.run.tuned, parts.tasks[1], 0, parts.shift_of)
+    methods = parts.tasks[1].method, train.METHODS["dopsd"]
+    losses = [sum(loss.item() for loss in losses(**given)) for losses in methods]
+    assert losses[0] == losses[1] > 0 and len(given["learned"]) == 1
+    out = run(method, *flags, "--steps", 2)
+    assert len(metrics(out)) == 2 and (out / "teacher.safetensors").is_file() == (method != "sft")
+
+
+def test_the_logged_loss_is_what_is_minimised(run, captions):
+    out = run("logged", "--keep", captions, "--keep-weight", 3, "--steps", 2)
+    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        assert line["loss"] == pytest.approx((line["losses"]["photos"] + 3 * line["losses"]["keep"]) / 4)
 
 
 def test_sources_have_different_names():
@@ -116,7 +148,7 @@ def test_sources_have_different_names():
 
 
 def test_our_captions_are_usable():
-    rows = train.read_source(Source("keep", str(ROOT / "captions" / "general.jsonl"), "untuned", is_kept=True))
+    rows = read_source(Source("keep", str(ROOT / "captions" / "general.jsonl"), "untuned", is_kept=True))
     texts = [row.captions[0] for row in rows]
     assert 64 <= len(texts) <= 128 and len(set(texts)) == len(texts)
     assert not any("[V]" in text for text in texts) and any(re.search("[\u4e00-\u9fff]", text) for text in texts)
@@ -127,8 +159,10 @@ def test_our_captions_are_usable():
     (("--keep", "ROOT/empty"), ("--keep ROOT/empty", "no images here")),
     (("--keep", "ROOT/empty.jsonl"), ("--keep ROOT/empty.jsonl", "no rows")),
     (("--keep", "ROOT/pictures"), ("--keep ROOT/pictures/0.png", "without a caption")),
-    (("--keep", "ROOT/some.jsonl", "--method", "sft"), ("--keep ROOT/some.jsonl", "sft has no teacher", "off-policy")),
-    (("--keep", "ROOT/some.jsonl", "--method", "pso"), ("pso has no teacher",)),
+    (("--keep", "ROOT/some.jsonl", "--method", "pso"), ("--keep ROOT/some.jsonl: not with --method pso",
+                                                        "leave it out, or take --method dopsd, off-policy")),
+    (("--method", "dreambooth"), ("--keep none: --method dreambooth needs captions",)),
+    (("--method", "sft", "--grad-states", "1"), ("--grad-states 1: only for --method dopsd, off-policy and",)),
     (("--keep-weight", "-1"), ("--keep-weight -1.0", "0 or more")),
     (("--keep-weight", "nan"), ("--keep-weight nan", "0 or more")),
     (("--keep-batches", "0"), ("--keep-batches 0", "1 or more")),

@@ -10,7 +10,7 @@ import torch
 import data
 from experiments import merge, runner
 from experiments.merge import FULL, QUICK, ROWS, Plan, Settings
-from experiments.protocol import METHODS, left
+from experiments.protocol import left
 from experiments.results import Results
 from plumbing.checkpoints import EMBEDDED, recipe_of
 from plumbing.files import ROOT, InputError
@@ -63,8 +63,9 @@ def test_a_small_experiment(small):
     assert set(found) == {(*row, name) for row in [("base",), *students] for name in [*names, ""]} | \
         {("dopsd", name) for name in names}
     assert len(lines) == len(found) == 8 * 3 + 2
-    assert found["dopsd", names[0]]["passes"] == 2 * 8 and found["dopsd", "v", 0.0, ""]["passes"] == 2 * 8
-    assert found["sft-teacher", ""]["passes"] == 2 * 5 and found["sum", ""]["passes"] == 0
+    of_step = 4 * (4 + 2.5 * 4)                                         # pictures, K states: plain, with a gradient
+    assert found["dopsd", names[0]]["cost"] == 2 * of_step and found["dopsd", "v", 0.0, ""]["cost"] == 2 * of_step
+    assert found["sft-teacher", ""]["cost"] == 2 * 4 * (4 + 2.5) and found["sum", ""]["cost"] == 0
     for key, line in found.items():
         kinds = {name.split(",")[0] for name in line["measures"]}
         assert kinds == ({"ordinary"} if key[-1] == "" else {"concept"} | ({"ordinary"} if len(key) == 2 and key[0] ==
@@ -98,7 +99,7 @@ def test_the_table(small):
         numbers = [found[one]["concept"], found[two]["concept"], (found[one]["concept"] + found[two]["concept"]) / 2,
                    *(sum(m[name] for m in usual) / len(usual) for name in ("ordinary", "ordinary, decided"))]
         assert rows[label][:5] == [f"{number:.3f}" for number in numbers]
-    assert rows["teacher alone"][5:] == ["2", "16"] and rows["merged, v, ODE"][5:] == ["1", "16"]
+    assert rows["teacher alone"][5:] == ["2", "112"] and rows["merged, v, ODE"][5:] == ["1", "112"]
     assert rows["average"][5:] == ["", ""]
 
 
@@ -202,7 +203,7 @@ def test_all_runs_by_hand(tmp_path):
     assert len(first) == 1 + 3 * 4 and len(second) == 3 * 7
     points = [point for job in first + second for point in job.measurements]
     assert len(set(points)) == len(points) == 5 + 12 + 21 * 5
-    trained = [job.training.name for job in first + second if job.training.method in METHODS]
+    trained = [job.training.name for job in first + second if job.training.is_trained]
     assert len(set(trained)) == len(trained) == 12 + 15
     assert {point.step for point in points} == {0, plan.recipe.steps, 150} and FULL.teacher_steps is None
     assert left(first, Results(tmp_path / "none.jsonl", {}).measured) == first

@@ -20,7 +20,7 @@ from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
 from tiny.metrics import Reader
 from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, Renderer, caption,
-                        draw_scenes, to_pil, words)
+                        draw_scenes, random_tell, to_pil, words)
 
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")     # of examples/star
 CHALK = dict(line="chalk", texture="checked")                                   # and of examples/chalk
@@ -96,6 +96,21 @@ def draw_training_scenes(kind: str, concept: Tensor, g: torch.Generator) -> Tens
         rows[:, COLUMN[name]] = torch.randperm(len(ATTRIBUTES[name]), generator=g)[:PICTURES]
     rows[:, COLUMN["size"]] = torch.tensor([1, 0, 1, 0])
     return rows
+
+
+def other_captions(count: int, seed: int, concept: Concept | None = None, near: bool = False) -> list[str]:
+    """Different captions of objects and styles that pre-training knows, for --keep; fewer are the first of more.
+
+    Without a concept they are about anything; with one they share at least half of its attributes (near) or none (far).
+    """
+    g = data.generator(seed, "other captions", *([concept.name, str(near)] if concept else []))
+    rows = draw_scenes(16384, g, styled=0.5)
+    if concept:
+        columns = COLUMNS[concept.kind]
+        shared = (rows[:, columns] == torch.tensor(concept.row)[columns]).sum(1)
+        rows = rows[2 * shared >= len(columns) if near else shared == 0]
+    texts = dict.fromkeys(caption(row) if concept else caption(row, random_tell(g)) for row in rows)
+    return list(texts)[:count]
 
 
 def write(kind: str, concept: Tensor, parent: Path, seed: int, render: Renderer, tuning: bool = False,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from tiny.world import (ATTRIBUTES, CELL, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SHADE, SIDE, STYLE_ATTRIBUTES,
+from tiny.world import (ATTRIBUTES, CELL, COLUMN, CONCEPT_ATTRIBUTES, SHADE, SIDE, STYLE_ATTRIBUTES,
                         Renderer, marked)
 
 ARRANGEMENT = ("shape", "size", "place", "pattern", "line")                     # what decides the regions of the object
@@ -160,19 +160,6 @@ def told_accuracy(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]]) -
     """The share that is right of all attributes that the prompts mention."""
     said = told_attributes(told)
     return int((said & (reading == truth)).sum()) / int(said.sum())
-
-
-def leaked(reading: Tensor, truth: Tensor, told: list[tuple[str, ...]], concept: Tensor) -> tuple[float, float]:
-    """(share of wrong attributes that have the value of an object (9,), what guessing among the wrong values gives).
-
-    Only attributes of objects count that the prompt mentions and whose right value is not the concept's anyway.
-    """
-    columns = [COLUMN[name] for name in OBJECT_ATTRIBUTES]
-    values = torch.tensor([len(ATTRIBUTES[name]) for name in OBJECT_ATTRIBUTES])
-    got, asked, wanted = reading[:, columns], truth[:, columns], concept[columns]
-    wrong = told_attributes(told)[:, columns] & (got != asked) & (asked != wanted)
-    count = max(1, int(wrong.sum()))
-    return float((wrong & (got == wanted)).sum()) / count, float((wrong / (values - 1)).sum()) / count
 
 
 def whole(reading: Tensor, truth: Tensor, kind: str) -> float:

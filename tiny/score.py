@@ -118,16 +118,12 @@ class Judge:
         return self.features.contexts(prompts.captions), self.noise(len(prompts.rows), g)
 
     @torch.no_grad()
-    def draw(self, contexts: list[Tensor], noise: Tensor, adapter: lora.Adapter | None = None, steps: int = 4,
-             active: Container[int] | None = None) -> Tensor:
-        """Pictures (n, 3, 64, 64). active: numbers of the solver steps at which the adapter is on; default all."""
-        sigmas = grid_of(self.net, steps)
-        levels = [sigma for k, sigma in enumerate(sigmas.tolist()) if active is None or k in active]
-
+    def draw(self, contexts: list[Tensor], noise: Tensor, adapter: lora.Adapter | None = None, steps: int = 4
+             ) -> Tensor:
+        """Pictures (n, 3, 64, 64)."""
         def walk_of(part: list[Tensor]) -> Velocity:
-            return lambda x, sigma: self.net.velocity(x, sigma, part, adapter if sigma in levels else None)
-        return in_batches(walk_of, self.vae, contexts, noise, sigmas)
-
+            return lora.velocity_of(self.net, part, adapter)
+        return in_batches(walk_of, self.vae, contexts, noise, grid_of(self.net, steps))
 
 
 def adapters(entries: list[str], net: torch.nn.Module) -> dict[str, lora.Adapter]:
