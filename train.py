@@ -199,6 +199,8 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     rows = [read_source(source) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
     recipe = recipe_of(folder)
+    if cfg.keep is None and any(row.sources for part in rows for row in part):
+        cfg.keep = recipe.keep_edits
     filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
     if filled.keep == NONE:
         filled.grad_states = cfg.grad_states                            # without --keep the published method: all

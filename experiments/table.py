@@ -8,7 +8,6 @@ and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) c
 if not __package__:
     import as_module  # noqa: F401
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,11 @@ from experiments.report import Report
 from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint_of_captions
 from experiments.runner import Laboratory, exit_status, perform, results_folder
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
-from plumbing.files import ROOT, InputError, check_writable, write_bytes
+from plumbing.files import InputError, check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
-
-ORDINARY = ROOT / "examples" / "ordinary"
-
 
 @dataclass
 class Options:
@@ -59,19 +55,6 @@ def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.
     return found
 
 
-def captions_file(out: Path, seed: int, concepts: dict[str, drawing.Concept], name: str, concept: str) -> Path:
-    """The captions of that name (`ROWS`), drawn when they are asked for first; near and far are those of a concept."""
-    if name == "ordinary":
-        return ORDINARY
-    which, _, count = name.partition("-")
-    about = None if which == "ordinary" else concepts[concept]
-    path = out / "captions" / f"{name}{f'-{concept}' * bool(about)}.jsonl"
-    if not path.exists():
-        texts = drawing.other_captions(int(count), seed, about, which == "near")
-        write_bytes(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    return path
-
-
 def write_report(results: Results, out: Path) -> None:
     """tables.md and the figures, as far as there is something to show."""
     report, tables = Report(results), out / "tables.md"
@@ -86,12 +69,12 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     out, model = out.resolve(), model.resolve()
     found = {concept.name: concept for concept in prepare(settings, out, list(folders))}
     facts = {**facts_of(settings.facts(), found.values(), model, recipe_of(model), RECIPE + KEEP),
-             "kept": fingerprint_of_captions(ORDINARY)}
+             "kept": fingerprint_of_captions(drawing.ORDINARY)}
     results, plan = Results(out / "results.jsonl", facts), Plan(settings, facts["concepts"], facts["recipe"])
     results.open()
     laboratory = partial(Laboratory, model, out / "runs", partial(Examiner, plan, found, out))
     data = {name: concept.folder for name, concept in found.items()}
-    keep = partial(captions_file, out, settings.draw_seed, found)
+    keep = partial(drawing.captions_file, out / "captions", settings.draw_seed, found)
 
     def do(title: str, parts: dict) -> list[str]:
         return perform(title, left(plan.jobs(parts, data, keep), results.measured), results, workers, laboratory)

@@ -15,6 +15,10 @@ state, with its own starting noise (captions take turns), and for the last two o
 of the closed form for all three, less trace / n, because the mean of n noisy gradients is longer than their
 expectation. It is nan where n samples do not tell it from 0.
 
+A second table is about `--grad-states 1`: an optimizer step of K batches, each with one learned state, and the gradient
+of Eq. 7. Where the states are drawn independently, the noise is what one state has, and how far the K states' mean
+gradients are from each other; where they take turns, as `draw_states` in train.py has it, the second part is gone.
+
 Differs from the paper, which compares training curves: this is the variance itself, at one point of training.
 """
 if not __package__:
@@ -23,6 +27,7 @@ if not __package__:
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,17 +35,17 @@ from torch import Tensor
 
 import data
 import lora
-from experiments.figures import pyplot
 from experiments.report import markdown
 from plumbing import lora_files
 from plumbing.checkpoints import model_folder, recipe_of, shift_rule
 from plumbing.files import InputError, check_writable, write_bytes, write_json
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
-from rollout import rollout, sigma_grid, transition
+from rollout import coefficients, rollout, sigma_grid, transition
 from tiny.score import Judge
 
 ESTIMATES = ("closed form", "score function", "score function with a baseline")
+DRAWS = ("all states of one batch", "one state each, drawn independently", "one state each, in turns")
 COLUMNS = ("sigma", "s", "KL", "squared norm of the mean", *ESTIMATES)
 
 
@@ -53,7 +58,7 @@ class Options:
     student: str | None = option(None, "adapter file of the student (default: the untuned model with a new LoRA)")
     model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
     seed: int = option(0, "random seed for the starting noises, the steps and a new LoRA")
-    out: str = option("out/variance", "folder for variance.md, variance.json and variance.png")
+    out: str = option("out/variance", "folder for variance.md and variance.json")
 
 
 # ------------------------------------------------------------------------------------------------- the estimates
@@ -74,13 +79,18 @@ def moments(sums: Tensor, squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------- measuring
 def measure(net: torch.nn.Module, contexts: list[Tensor], noises: Tensor, sigmas: Tensor, teacher: lora.Adapter,
-            student: lora.Adapter, noise: float, seed: int) -> list[dict[str, float]]:
-    """One row of COLUMNS for each noise level. contexts: of the captions; noises: (samples, C, H, W) at sigma = 1."""
+            student: lora.Adapter, noise: float, seed: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """One row of COLUMNS for each noise level, and the relative variance of each of DRAWS. contexts: of the captions;
+    noises: (samples, C, H, W) at sigma = 1."""
     parameters, rows = student.parameters(), [{"sigma": sigma, "s": 0.0, "KL": 0.0} for sigma in sigmas[:-1].tolist()]
     squares = torch.zeros(len(rows), len(ESTIMATES), dtype=torch.float64)           # sums over samples
     sums = torch.zeros(*squares.shape, sum(part.numel() for part in parameters), dtype=torch.float64)
+    steps = torch.tensor([coefficients(*pair, noise) for pair in pairwise(sigmas.tolist())], dtype=torch.float64)
+    to_eq7 = (steps[:, 2] / steps[:, 1]).square()       # KL = q^2 / s^2 || v_s - v_t ||^2 / 2; the factor 2 is for all
+    mean_sum, mean_square = torch.zeros_like(sums[0, 0]), torch.zeros((), dtype=torch.float64)      # over states
     for number, x in enumerate(noises):
         context, rng = [contexts[number % len(contexts)]], data.generator(seed, "steps", number)
+        mean_gradient = torch.zeros_like(mean_sum)
         points = rollout(lora.velocity_of(net, context, student), x[None], sigmas, None, noise, rng)
         for level, point in enumerate(points):
             with torch.no_grad():
@@ -95,36 +105,37 @@ def measure(net: torch.nn.Module, contexts: list[Tensor], noises: Tensor, sigmas
                 gradient = torch.cat([part.flatten() for part in parts]).double()
                 sums[level, i] += gradient
                 squares[level, i] += gradient.square().sum()
+                mean_gradient += gradient * to_eq7[level] / len(rows) if i == 0 else 0
             del mean, point                                                         # one graph alive at a time
-    for row, traces, norms in zip(rows, *moments(sums, squares, len(noises))):
-        norm = float(norms[0])                                                      # of the closed form
+        mean_sum += mean_gradient
+        mean_square += mean_gradient.square().sum()
+    traces, norms = moments(sums, squares, len(noises))
+    draws = of_draws(*(part[:, 0] * to_eq7.square() for part in (traces, norms)),
+                     *moments(mean_sum, mean_square, len(noises)))
+    for row, of_row, norm in zip(rows, traces.tolist(), norms[:, 0].tolist()):      # the norm of the closed form
         row |= {"squared norm of the mean": norm,
-                **{name: float(trace) / norm if norm > 0 else math.nan for name, trace in zip(ESTIMATES, traces)}}
-    return rows
+                **{name: trace / norm if norm > 0 else math.nan for name, trace in zip(ESTIMATES, of_row)}}
+    return rows, draws
 
 
-def table(rows: list[dict[str, float]], options: Options) -> str:
+def of_draws(traces: Tensor, norms: Tensor, trace: Tensor, norm: Tensor) -> dict[str, float]:
+    """Relative variance of a gradient, of DRAWS: of one batch at all K states, of K batches at one state each.
+
+    traces, norms: (K,) of the gradient at each state; trace, norm: of its mean over the states of one rollout.
+    """
+    between = norms.mean() - norm                                                   # of the states' expectations
+    found = trace, (traces.mean() + between) / len(traces), traces.mean() / len(traces)
+    return {name: float(value / norm) if norm > 0 else math.nan for name, value in zip(DRAWS, found)}
+
+
+def table(rows: list[dict[str, float]], draws: dict[str, float], options: Options) -> str:
     about = ("Relative variance of one sample's gradient: trace of the covariance / squared norm of the mean, "
              f"{options.samples} samples at each noise level, a = {options.noise:g}. KL and gradients are sums over "
              "elements.")
-    return f"{about}\n\n{markdown(COLUMNS, [[f'{row[name]:.3g}' for name in COLUMNS] for row in rows])}\n"
-
-
-def draw(rows: list[dict[str, float]], path: Path) -> list[Path]:
-    """The same as bars on a logarithmic scale; the files written: none without matplotlib."""
-    plt = pyplot(path)
-    if plt is None:
-        return []
-    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    for number, name in enumerate(ESTIMATES):
-        axis.bar([k + 0.27 * (number - 1) for k in range(len(rows))], [row[name] for row in rows], 0.25, label=name)
-    axis.set(yscale="log", xlabel="sigma", ylabel="relative variance")
-    axis.set_xticks(range(len(rows)), [f"{row['sigma']:.3g}" for row in rows])
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return [path]
+    states = (f"Eq. 7, relative variance of the gradient of {len(rows)} forward passes with a gradient.",
+              markdown(DRAWS, [[f"{draws[name]:.3g}" for name in DRAWS]]))
+    return "\n\n".join([about, markdown(COLUMNS, [[f"{row[name]:.3g}" for name in COLUMNS] for row in rows]), *states
+                        ]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,12 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         tensor.requires_grad_()
     noises = judge.noise(options.samples, data.generator(options.seed, "noise"))
     sigmas = sigma_grid(shift_rule(folder)(recipe.rollout_steps, *noises.shape[2:]), recipe.rollout_steps)
-    rows = measure(judge.net, judge.features.contexts(texts), noises, sigmas, teacher, student, options.noise,
+    rows, draws = measure(judge.net, judge.features.contexts(texts), noises, sigmas, teacher, student, options.noise,
                    options.seed)
-    files, text = [out / "variance.md", out / "variance.json"], table(rows, options)
+    files, text = [out / "variance.md", out / "variance.json"], table(rows, draws, options)
     write_bytes(files[0], text.encode())
-    write_json(files[1], {"options": dataclasses.asdict(options), "rows": rows})
-    print(text, *files, *draw(rows, out / "variance.png"), sep="\n")
+    write_json(files[1], {"options": dataclasses.asdict(options), "rows": rows, "draws": draws})
+    print(text, *files, sep="\n")
     return 0
 
 

@@ -23,6 +23,7 @@ class Recipe:
     accumulate: int
     checkpointing: bool
     keep: str                               # captions whose pictures shall stay as they are, or "none"
+    keep_edits: str                         # the same where --data is for editing: captions with sources
     keep_weight: float                      # of their loss
     grad_states: int | None                 # number of the K states to learn at, beside --keep; None: all
     save_every: int
@@ -38,19 +39,20 @@ class Recipe:
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
-               keep="none", keep_weight=1.0, grad_states=None, save_every=100, sample_every=100,
+               keep="none", keep_edits="none", keep_weight=1.0, grad_states=None, save_every=100, sample_every=100,
                teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
                new_object="a [V] on a sandy beach at sunset",
                new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
-# Small models: fewer steps, so a faster EMA. Learning rates were tried in experiments/ on concepts apart, 150 steps of
-# D-OPSD each: 1e-4, 3e-4, 1e-3 give concept fidelity .68, .98, 1.00 and ordinary prompts .978, .971, .955 (untuned
-# .987). On examples/star 100 steps learn nearly as much as 150 and change ordinary prompts less.
+# Small models: fewer steps, so a faster EMA. Where other captions are kept, two pictures and one learned state a batch
+# are enough, at a learning rate that would spoil other prompts without. Found on three concepts apart: "How the recipe
+# was found" in experiments/README.md.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=2e-3, rank=16, alpha=16,
                ema=0.999, loss="x0", batch_size=2, accumulate=1, checkpointing=False,
-               keep=str(ROOT / "examples" / "ordinary"), keep_weight=2.0, grad_states=1, save_every=20, sample_every=25,
+               keep=str(ROOT / "examples" / "ordinary"), keep_edits=str(ROOT / "examples" / "edits"), keep_weight=2.0,
+               grad_states=1, save_every=20, sample_every=25,
                teacher_context="vlm", vlm="vlm", image_pixels=None,
-               new_object="a small [V] at the top on mint",
+               new_object="a big [V] on the right on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import data
-from plumbing.files import InputError, write_bytes
+from plumbing.files import ROOT, InputError, write_bytes
 from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
 from tiny.metrics import Reader
@@ -25,6 +25,7 @@ from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTE
 STAR = dict(shape="star", pattern="striped", main="orange", second="blue")     # of examples/star
 CHALK = dict(line="chalk", texture="checked")                                   # and of examples/chalk
 PICTURES = 4                # of each concept
+ORDINARY = ROOT / "examples" / "ordinary"       # captions to keep
 COLUMNS = {kind: [COLUMN[name] for name in names] for kind, names in CONCEPT_ATTRIBUTES.items()}
 
 
@@ -111,6 +112,20 @@ def other_captions(count: int, seed: int, concept: Concept | None = None, near: 
         rows = rows[2 * shared >= len(columns) if near else shared == 0]
     texts = dict.fromkeys(caption(row) if concept else caption(row, random_tell(g)) for row in rows)
     return list(texts)[:count]
+
+
+def captions_file(folder: Path, seed: int, concepts: dict[str, Concept], name: str, concept: str) -> Path:
+    """Captions for --keep by name: ordinary is examples/ordinary; ordinary-8, near-64, far-64 are `other_captions`, in
+    a file below `folder` that is written when it is asked for first."""
+    if name == "ordinary":
+        return ORDINARY
+    which, _, count = name.partition("-")
+    about = None if which == "ordinary" else concepts[concept]
+    path = folder / f"{name}{f'-{concept}' * bool(about)}.jsonl"
+    if not path.exists():
+        texts = other_captions(int(count), seed, about, which == "near")
+        write_bytes(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    return path
 
 
 def write(kind: str, concept: Tensor, parent: Path, seed: int, render: Renderer, tuning: bool = False,

@@ -6,6 +6,7 @@ examples/chalk: one style, chalk outline on a checked backdrop, on four differen
 examples/paint: an edit, for FLUX.2: four objects before and after they are painted dotted in green and pink ("paint it
 [V]"); all else stays.
 examples/ordinary: 64 captions without pictures, of objects that pre-training knows, to be kept as they are.
+examples/edits: 32 other edits of the four pictures before, to be kept likewise.
 """
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from plumbing.files import ROOT
 from tiny.concepts import CHALK, STAR
+from tiny.edits import Edits, changed, instruction
 from tiny.world import (Renderer, caption, draw_marks, draw_scenes, generator, held_out_object, held_out_style,
                         random_tell, scene, to_pil)
 
@@ -76,8 +78,26 @@ def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> 
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def write_kept_edits(folder: Path, scenes: list[dict], count: int) -> None:
+    """Different instructions for each of the pictures in examples/paint, with which nothing happens to what they do
+    not name; no picture of the result."""
+    g, lines = generator(2605, 2), []
+    for number, words in enumerate(scenes, 1):
+        row, texts = scene(**words)[None], {}
+        while len(texts) < count:
+            edits = Edits(64, ("place", "size", "backdrop", "shape", "paint"), g)
+            for fresh, change in zip(edits.targets, edits.changes):
+                target = changed(row, fresh[None], change)
+                if (target != row).any() and len(texts) < count:
+                    texts[instruction(target[0], change)] = None
+        lines += [json.dumps({"text": text, "source": f"../paint/{number}_before.png"}) for text in texts]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
     write(ROOT / "examples" / "star", STARS, "object")
     write(ROOT / "examples" / "chalk", CHALKS, "style")
     write_edits(ROOT / "examples" / "paint", PAINTED, PAINT, "paint it [V]")
     write_captions(ROOT / "examples" / "ordinary", 64)
+    write_kept_edits(ROOT / "examples" / "edits", PAINTED, 8)
