@@ -107,11 +107,12 @@ class Run:
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
     """What the run is about to do. tasks: of train.py."""
-    shown = ("method", "loss", "rollout_steps", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
+    shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
     trained = sum(tensor.numel() for tensor in run.tuned.parameters().values())
     memory = weights_gb(folder, getattr(torch, cfg.dtype))
     print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, {memory:.2g} GB of weights at most")
-    print(f"recipe   {recipe.name}: {', '.join(f'{name} {getattr(cfg, name)}' for name in shown)}")
+    values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None]
+    print(f"recipe   {recipe.name}: {', '.join(values)}")
     print(f"trained  {trained:,} LoRA parameters in {len(run.tuned.theta.weights)} layers")
     for task in tasks:
         buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")

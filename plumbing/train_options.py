@@ -51,7 +51,8 @@ class Options:
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", METHOD,
                                choices=("vlm", "text"))
     keep: str = option(None, "captions whose pictures shall stay as they are, taught by the untuned model beside the "
-                       "concept: a folder or a .jsonl file; or none", METHOD)
+                       "concept: a folder or a .jsonl file; or none, which all methods but dopsd and dreambooth start "
+                       "from", METHOD)
     keep_weight: float = option(None, "weight of the loss of --keep beside that of each --data", METHOD)
     keep_batches: int = option(1, "number of batches of --keep beside each batch of --data", METHOD)
     beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)

@@ -57,7 +57,7 @@ def refused(place: Place, main, words: list[str], expected: tuple[str, ...]) -> 
 
 def train_words(place: Place, *flags) -> list[str]:
     return ["--data", str(place.data), "--model", str(place.model), "--out", str(place.run), "--size", "32",
-            "--steps", "1", "--sample-every", "0", "--device", "cpu",
+            "--steps", "1", "--sample-every", "0", "--device", "cpu", "--keep", "none",
             *(str(flag).replace("ROOT", str(place.root)) for flag in flags)]
 
 

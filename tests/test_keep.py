@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from test_resume import assert_same_run
 
 import train
+from networks.flux2 import OFFICIAL
 from plumbing import checkpoints
 from plumbing.files import ROOT, InputError
 from plumbing.options import parse
+from plumbing.recipes import TURBO
 from plumbing.train_options import Source, read_source, sources_of
 
 STATE = "state.safetensors"
@@ -112,6 +114,17 @@ def test_the_recipes_captions_are_the_default(run, captions, monkeypatch):
     assert kept == {"default": (str(captions), 1), "off": ("none", None), "one": ("none", 1), "sft": ("none", None),
                     "prior": (str(captions), 1)}
     assert found["default"]["keep_weight"] == small.keep_weight == 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("data, model, expected, sources", [
+    ("star", "model", "ordinary", 0), ("star", "flux2", "ordinary", 0), ("paint", "flux2", "edits", 1)])
+def test_the_embedded_models_keep_pictures_or_edits(data, model, expected, sources):
+    cfg, recipe, _, rows = train.read(["--data", str(ROOT / "examples" / data), "--model", str(ROOT / "tiny" / model)])
+    assert cfg.keep == str(ROOT / "examples" / expected) and len(rows) == 2
+    assert {len(row.sources) for row in rows[1]} == {sources} and len({row.captions for row in rows[1]}) > 20
+    for official in (TURBO, OFFICIAL):
+        assert (official.keep, official.keep_edits, official.grad_states) == ("none", "none", None)
 
 
 def test_who_names_teachers_names_all_of_them(run, photos, adapter_file, monkeypatch):

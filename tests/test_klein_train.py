@@ -55,7 +55,7 @@ def base(klein, photos, tmp_path_factory) -> list[str]:
     """Arguments of a short run, for the fixtures `run` and `prepare`."""
     return ["--data", str(photos), "--model", str(klein), "--device", "cpu", "--size", "32", "--rank", "3", "--alpha",
             "6", "--rollout-steps", "2", "--batch-size", "2", "--sample-every", "0", "--lr", "1e-2", "--ema", "0.7",
-            "--loss", "v", "--cache", str(tmp_path_factory.mktemp("features"))]
+            "--loss", "v", "--keep", "none", "--cache", str(tmp_path_factory.mktemp("features"))]
 
 
 @pytest.fixture(scope="module")

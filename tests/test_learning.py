@@ -16,7 +16,7 @@ from tiny.score_edits import edit_of, of_edits
 from tiny.world import draw_marks, draw_scenes, generator
 
 ROOT = Path(__file__).parents[1]
-STEPS = 8
+STEPS = 16
 
 
 def trained(judge: Judge, data: str, model: Path, out: Path) -> lora.Adapter:

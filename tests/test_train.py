@@ -182,12 +182,12 @@ def test_needs_are_the_parameters_and_bind_gives_them(method):
     given = train.bind(cfg, lora.Tuned(random_transformer(), 1, 1, 0), task, 0, lambda *_: 3.0)
     assert set(parameters) <= given.keys()
     losses = list(train.METHODS[method](**given))
-    assert len(losses) == (cfg.rollout_steps if "learned" in needs else 1)
+    assert len(losses) == (cfg.grad_states if "learned" in needs else 1)
     assert all(loss.shape == () and loss.requires_grad for loss in losses)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("method", list(train.METHODS))
+@pytest.mark.parametrize("method", [name for name in train.METHODS if name != "dreambooth"])     # see test_baselines.py
 def test_every_method_trains_and_resumes(run, method):
     whole = run("whole", "--method", method, "--steps", 3)
     run("parts", "--method", method, "--steps", 1)
@@ -352,7 +352,7 @@ def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
             else:
                 monkeypatch.setattr(train, "bind", lambda *_: given)
                 cfg, run = SimpleNamespace(accumulate=1, method=method), SimpleNamespace(step=0, tuned=tuned)
-                train.gradient_of_step(cfg, run, [SimpleNamespace(name="a", weight=1.0, batches=1)], None)
+                train.gradient_of_step(cfg, run, [train.Task("a", None, None, method=train.METHODS[method])], None)
         assert ledger.held == 0 and len(ledger.before) == K
         assert any(ledger.before) == (at_once and K > 1)                    # before a forward pass nothing is held
         return ledger.peak
