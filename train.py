@@ -17,6 +17,7 @@ Differs from the official code:
 4. `--resume` continues bit for bit (on CUDA up to the rounding of attention's backward, which adds in no fixed order):
    batches and noise are functions of (seed, step).
 5. Panels use the same noise every time, and the first one is drawn before step 1.
+6. `--keep` beside it: the untuned model teaches other captions, so that their pictures stay. `none` is as published.
 """
 import dataclasses
 import math
@@ -74,7 +75,7 @@ METHODS = {"dopsd": Method(dopsd, ("teacher", "weight", "learned", "noise", "rng
 # ---------------------------------------------------------------------------------------------------- one step
 @dataclass(frozen=True)
 class Task:
-    """What to learn from whom: D-OPSD has one, DiffusionOPD (arXiv 2605.15055) several."""
+    """What to learn from whom: D-OPSD has one, and one with --keep; DiffusionOPD (arXiv 2605.15055) has several."""
     name: str
     dataset: data.Dataset
     adapter: lora.Adapter | None    # of a frozen teacher that reads the prompt alone; None: the run's own teacher
@@ -82,7 +83,7 @@ class Task:
     weight: float = 1.0             # of its loss
     batches: int = 1                # beside one of each other task
     in_panels: bool = True
-    method: Method = METHODS["dopsd"]
+    method: Method = METHODS["dopsd"]   # how
 
 
 def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shift) -> dict:

@@ -1,7 +1,8 @@
-"""Two ratios of D-OPSD on the embedded model: `python -m benchmarks.step` (CPU, about a minute).
+"""Three ratios of D-OPSD on the embedded model: `python -m benchmarks.step` (CPU, about a minute).
 
 1. Time: one D-OPSD step (K = 4 states, teacher and student) against one vanilla fine-tuning step on the same batch.
-2. Memory: bytes that autograd keeps at once, backward at every state (train.py) against one backward after the rollout.
+2. Time: the student's forward pass with its backward pass against one without, the unit of cost in experiments/.
+3. Memory: bytes that autograd keeps at once, backward at every state (train.py) against one backward after the rollout.
 Both sides of a ratio alternate in one run; printed are the median and the extremes.
 """
 import statistics
@@ -16,7 +17,7 @@ from plumbing.checkpoints import EMBEDDED, backbone_of, shift_rule
 from rollout import sigma_grid
 from train import dopsd
 
-BATCH, K, SIDE, ROUNDS = 4, 4, 16, 12
+BATCH, K, SIDE, ROUNDS = 4, 4, 16, 22
 
 
 class Kept:
@@ -75,8 +76,14 @@ def main() -> None:
         work()
         return time.perf_counter() - started
 
-    ratios = sorted([seconds(lambda: dopsd_step(True)) / seconds(sft_step) for _ in range(ROUNDS)][2:])  # 2 warm up
-    print(f"time, D-OPSD step / SFT step: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    @torch.no_grad()
+    def forward() -> None:
+        velocity(eps, sigma)
+
+    for what, one, other in (("D-OPSD step / SFT step", lambda: dopsd_step(True), sft_step),
+                             ("forward + backward / forward", lambda: velocity(eps, sigma).sum().backward(), forward)):
+        ratios = sorted([seconds(one) / seconds(other) for _ in range(ROUNDS)][2:])     # 2 warm up
+        print(f"time, {what}: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     peaks = []
     for at_every_state in (True, False):
         with Kept() as kept:
