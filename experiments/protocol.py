@@ -277,7 +277,7 @@ class Plan:
 
     def jobs(self, parts: dict[str, list[Measurement]], data: dict[str, Path], keep: Callable[[str, str], Path] = Path
              ) -> list[Job]:
-        """The trainings of `parts`, those of tables 1 and 2 first, and of these the long ones. data: folder of each
+        """The trainings of `parts`: tables 1 and 2 first, there by seed, and the long ones first. data: folder of each
         concept. keep: (name of captions, concept) -> their file."""
         groups: dict[Training, dict[Measurement, list[str]]] = {}
         for part, measurements in parts.items():
@@ -297,7 +297,7 @@ class Plan:
                 cost = self.cost(training.method, options)
             jobs.append(Job(training, measurements, tuple(words), cost[1], cost[0], kind))
         return sorted(jobs, key=lambda job: (not any("table 1" in m.groups for m in job.measurements),
-                                             -job.cost * job.measurements[-1].step - 150 * len(job.measurements)))
+                                             job.training.seed or 0, -job.cost * job.measurements[-1].step - 150 * len(job.measurements)))
 
 
 def together(curves: Iterable[dict]) -> list[Measurement]:
