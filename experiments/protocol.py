@@ -191,9 +191,9 @@ class Plan:
         return method, tuple((key, value) for key, value in given.items() if usual[key] != value)
 
     def row_of(self, training: Training) -> str:
-        """BASE, TEACHER, a row of the tables or "" """
-        found = {self.method_of(row): row for row in ROWS}
-        return found.get((training.method, training.options), "" if training.is_trained else training.method)
+        """A row of the tables or of reference; "" for all other trainings."""
+        found = {self.method_of(row): row for row in ROWS} | {(name, ()): name for name in (BASE, TEACHER)}
+        return found.get((training.method, training.options), "")
 
     def equal_steps(self, row: str) -> int:
         """Optimizer steps with which a row costs as much as D-OPSD in table 1."""
@@ -296,8 +296,9 @@ class Plan:
                     words += ["--keep", str(keep(options["keep"], training.concept))]
                 cost = self.cost(training.method, options)
             jobs.append(Job(training, measurements, tuple(words), cost[1], cost[0], kind))
-        return sorted(jobs, key=lambda job: (not any("table 1" in m.groups for m in job.measurements),
-                                             job.training.seed or 0, -job.cost * job.measurements[-1].step - 150 * len(job.measurements)))
+        late = {job.training for job in jobs if not any("table 1" in m.groups for m in job.measurements)}
+        return sorted(jobs, key=lambda job: (job.training in late, job.training.seed or 0,
+                                             -job.cost * job.measurements[-1].step - 150 * len(job.measurements)))
 
 
 def together(curves: Iterable[dict]) -> list[Measurement]:
