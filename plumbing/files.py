@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from plumbing.quantized import Int8Linear
+
 ROOT = Path(__file__).resolve().parent.parent  # of this repository
 
 
@@ -127,12 +129,23 @@ def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterat
                              else file.get_tensor(name))
 
 
+def stored_dtypes(folder: Path) -> set[str]:
+    """safetensors' names of the dtypes in a model folder, from the headers of its files."""
+    found: set[str] = set()
+    for path, names in shards(folder).items():
+        with open_safetensors(path) as file:
+            found |= {file.get_slice(name).get_dtype() for name in names}
+    return found
+
+
 def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], source: Path,
-                  device: torch.device | str, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> None:
+                  device: torch.device | str, dtype: torch.dtype, ignore: tuple[str, ...] = (),
+                  int8: tuple[str, ...] = ()) -> None:
     """Put `weights` into a model built on the meta device, tensor by tensor, on `device` in `dtype`.
 
     Peak host memory is one shard above the model. Every parameter and persistent buffer must come, and nothing else,
-    except names that start with one of `ignore`. Raises InputError on missing, unknown or misshapen tensors.
+    except names that start with one of `ignore`. Linear layers whose names start with one of `int8` become Int8Linear.
+    Raises InputError on missing, unknown or misshapen tensors.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights:
@@ -144,20 +157,22 @@ def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Ten
         if tuple(tensor.shape) != shape:
             raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
                              "weights and config do not belong together")
-        put(model, name, tensor.to(device=device, dtype=dtype))
+        put(model, name, tensor.to(device), dtype, name.startswith(int8))
     if expected:
         raise InputError(f"{source}: tensor {next(iter(expected))} is missing ({len(expected)} in all); "
                          "download the folder again")
 
 
-def put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace the meta tensor called `name` by a frozen real one."""
+def put(model: torch.nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, int8: bool = False) -> None:
+    """Replace the meta tensor called `name` by a frozen real one in `dtype`, or a Linear layer's weight by int8."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
+    if int8 and leaf == "weight" and isinstance(module, torch.nn.Linear):
+        model.set_submodule(path, Int8Linear(tensor, module.bias, dtype))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor.to(dtype)
     else:
-        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
