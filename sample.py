@@ -18,18 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
+from data import read_text
 from encoder import TEACHER_CONTEXTS, check_references, contexts
 from model import Context
 from networks import vae as autoencoder
 from plumbing import encoder_files, lora_files
 from plumbing.backbone import Transformer
-from plumbing.checkpoints import (backbone_of, latent_shape, model_folder, pixels_per_patch, recipe_of, shift_rule,
-                                  starting_noise)
+from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, pixels_per_patch, recipe_of,
+                                  shift_rule, starting_noise)
 from plumbing.files import InputError, check_writable
 from plumbing.machine import check_memory, device_and_dtype, free
 from plumbing.options import check_seed, option, parse
 from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
+from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import Recipe, vlm_of
 from rollout import sample, sigma_grid
 
@@ -66,6 +68,8 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
     dtype: str = option("auto", "precision of text encoder and transformer; auto is bfloat16 on CUDA, else float32",
                         MACHINE, choices=("auto", "float32", "bfloat16"))
+    quantize: str = option(FLOAT, "precision of the weights in their blocks: int8, or none, which is --dtype", MACHINE,
+                           choices=(FLOAT, INT8))
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
@@ -84,12 +88,7 @@ def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Ten
 def read_prompts(cfg: Options) -> list[str]:
     prompts = list(cfg.prompt)
     if cfg.prompts is not None:
-        try:
-            lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {cfg.prompts}: not readable as text ({error}); "
-                             "give a UTF-8 text file") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_text(Path(cfg.prompts)).splitlines() if line.strip()]
     if not prompts:
         raise InputError("--prompt: nothing to draw; give --prompt TEXT or --prompts FILE with one prompt per line")
     return prompts
@@ -130,7 +129,8 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
     latents = encode_pictures(folder, sources + (seen if how and how.adds_reference else []), device)
     free()
     vlm = vlm_of(folder, recipe, cfg.vlm) if how and how.needs_vlm else None
-    reader = encoder_files.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope)
+    reader = encoder_files.load(folder, device, dtype, vlm, recipe.image_pixels, cfg.teacher_rope,
+                                quantize=cfg.quantize)
     texts = [text.cpu() for text in reader.text_context(prompts)]
     count, x0 = len(sources), latents[len(sources)] if len(latents) > len(sources) else None
     if not kind:
@@ -157,13 +157,15 @@ def main(argv: list[str] | None = None) -> None:
     shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps
     sigmas = sigma_grid(shift_rule(folder)(steps, *shape[1:]), steps)
 
+    check_quantize(folder, cfg.quantize)
     skeleton = backbone.check(folder)                               # before the larger work of encoding
     if cfg.lora:
         lora_files.load(cfg.lora, skeleton)
+        lora_files.warn_other_weights(cfg.lora, cfg.quantize)
     check_memory(folder, device, dtype)
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes
-    net = backbone.load(folder, device, dtype)
+    net = backbone.load(folder, device, dtype, quantize=cfg.quantize)
     adapter = lora_files.load(cfg.lora, net) if cfg.lora else None
     noise = starting_noise(backbone, cfg.seed, shape)
     wanted: dict[str, tuple[list[Context], lora.Adapter | None]] = {}   # column -> contexts, adapter

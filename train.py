@@ -38,7 +38,7 @@ from encoder import check_references
 from loss import Weight, weight_of
 from plumbing import lora_files
 from plumbing.backbone import Transformer
-from plumbing.checkpoints import backbone_of, model_folder, recipe_of, shift_rule, warn_undistilled
+from plumbing.checkpoints import backbone_of, check_quantize, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
 from plumbing.files import InputError
 from plumbing.machine import check_memory, device_and_dtype
@@ -218,6 +218,7 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
         has_sources = any(row.sources for row in part)
         check_references(backbone, kind, f"source images in {source.path}" if has_sources else "")
     warn_undistilled(folder)
+    check_quantize(folder, cfg.quantize)
     skeleton = backbone.check(folder)
     for source in sources_of(cfg):
         adapter_of(source.teacher, skeleton)
@@ -240,7 +241,7 @@ def encode(features: list[Features]) -> None:
 def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
     """The transformer with student and teacher, from the state that --resume continues."""
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile)
+    model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile, cfg.quantize)
     run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
               shows_target(cfg, METHODS[cfg.method]))
     tasks = [task_of(index, source, part.dataset, cfg, recipe, model, shift_rule(folder))

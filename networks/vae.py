@@ -167,19 +167,10 @@ class BatchStatistics(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.eps = eps
 
-    def normalise(self, packed: Tensor) -> Tensor:
-        """(B, channels, h, w) -> the same shape."""
-        return (packed - self.mean()) / self.deviation()
-
-    def denormalise(self, packed: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        return packed * self.deviation() + self.mean()
-
-    def mean(self) -> Tensor:
-        return rearrange(self.running_mean, "c -> c 1 1")
-
-    def deviation(self) -> Tensor:
-        return rearrange((self.running_var + self.eps).sqrt(), "c -> c 1 1")
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (channels, 1, 1) each."""
+        mean, deviation = self.running_mean, (self.running_var + self.eps).sqrt()
+        return rearrange(mean, "c -> c 1 1"), rearrange(deviation, "c -> c 1 1")
 
 
 def pack(z: Tensor) -> Tensor:
@@ -225,13 +216,15 @@ class Autoencoder(nn.Module):
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents (B, c, h, w) -> model space, the same shape. FLUX.2 needs even h and w."""
         if hasattr(self, "bn"):
-            return unpack(self.bn.normalise(pack(z)))
+            mean, deviation = self.bn()
+            return unpack((pack(z) - mean) / deviation)
         return (z - self.shift) * self.scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         if hasattr(self, "bn"):
-            return unpack(self.bn.denormalise(pack(latents)))
+            mean, deviation = self.bn()
+            return unpack(pack(latents) * deviation + mean)
         return latents / self.scale + self.shift
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbing.files import InputError, load_strictly, read_json, tensors
+from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import Recipe
 
 if TYPE_CHECKING:  # these files import this one
@@ -72,15 +73,16 @@ class Backbone:
         return model
 
     def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-             compile: bool = False) -> Transformer:
+             compile: bool = False, quantize: str = FLOAT) -> Transformer:
         """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
-        checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block. Raises
-        InputError when files are missing or do not belong together.
+        checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block; quantize:
+        int8 for the weights of the repeated blocks. Raises InputError when files are missing or do not belong together.
         """
         folder = Path(folder) / "transformer"
         model = self._skeleton(folder)
-        load_strictly(model, tensors(folder), folder, device, dtype)
+        int8 = tuple(model.blocks()) if quantize == INT8 else ()
+        load_strictly(model, tensors(folder), folder, device, dtype, int8=int8)
         model.checkpointing = checkpointing
         if compile:
             compile_blocks(model)

@@ -10,11 +10,14 @@ from torch import Tensor
 from model import Z_IMAGE
 from networks.flux2 import KLEIN
 from plumbing.backbone import Backbone
-from plumbing.files import ROOT, InputError, checkpoint, read_json, transformer_class
+from plumbing.files import ROOT, InputError, checkpoint, read_json, stored_dtypes, transformer_class
+from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 
 BACKBONES = (Z_IMAGE, KLEIN)
 REAL_WIDTH = 3072  # of the narrowest transformer of the real checkpoints
+WIDE = 512         # below this, weights are a small part of the memory
+EIGHT_BITS = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # in safetensors' words; four bits come as U8
 EMBEDDED = ROOT / "tiny" / "model"  # what `--model embedded`, the default, stands for
 
 
@@ -46,6 +49,22 @@ def warn_undistilled(folder: Path) -> None:
     if read_json(Path(folder) / "model_index.json").get("is_distilled") is False:
         print(f"warning: {folder}: model_index.json says is_distilled false; D-OPSD needs a step-distilled model, this "
               "one draws badly in few steps, and so do its rollouts", file=sys.stderr)
+
+
+def check_quantize(folder: Path, quantize: str) -> None:
+    """Raises InputError for weights that are quantised already; one line on stderr where it saves next to nothing."""
+    if quantize == FLOAT:
+        return
+    for part in (folder / "transformer", folder / "text_encoder"):
+        has_config = read_json(part / "config.json").get("quantization_config")
+        found = [*(["quantization_config"] if has_config else []), *sorted(EIGHT_BITS & stored_dtypes(part))]
+        if found:
+            raise InputError(f"--quantize {quantize}: {part} has {', '.join(found)}, so it is quantised already; give "
+                             "the checkpoint in bfloat16 or float32")
+    backbone = backbone_of(folder)
+    width = backbone.width(read_json(folder / "transformer" / "config.json", *backbone.keys))
+    if width < WIDE:
+        print(f"note: --quantize {quantize}: {folder} is {width} wide, so this saves next to nothing", file=sys.stderr)
 
 
 def starting_noise(backbone: Backbone, seed: int, shape: tuple[int, int, int]) -> Tensor:

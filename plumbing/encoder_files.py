@@ -13,6 +13,7 @@ from plumbing import files
 from plumbing.backbone import TextStyle
 from plumbing.checkpoints import backbone_of
 from plumbing.files import InputError
+from plumbing.quantized import FLOAT, INT8
 
 Model = TypeVar("Model", Qwen3Model, Qwen3VLModel)
 VISUAL = ("model.visual.", "visual.")  # spellings of the vision tower's prefix in VLM checkpoints
@@ -22,15 +23,15 @@ SHARED_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_
 
 
 def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = None, vlm: str | Path | None = None,
-         image_pixels: tuple[int, int] | None = None, teacher_rope: str = "vlm", style: TextStyle | None = None
-         ) -> Encoder:
+         image_pixels: tuple[int, int] | None = None, teacher_rope: str = "vlm", style: TextStyle | None = None,
+         quantize: str = FLOAT) -> Encoder:
     """Encoder of the checkpoint `folder` (text_encoder/, tokenizer/), with f_mm when `vlm` names a Qwen3-VL.
 
     dtype: None is bfloat16 on CUDA and float32 elsewhere. vlm: folder or hub id; only its `visual.*` tensors are read.
     image_pixels: fewest and most pixels that f_mm resizes an image to, None as in the VLM's preprocessor_config.json;
     officially (512 * 512, 768 * 768) for Qwen3-VL-4B. teacher_rope: rotary base of f_mm, "vlm" (official) or "text"
     (the text encoder's, with which f_mm without an image would be f_text). style: None is that of the folder's
-    transformer. Raises InputError.
+    transformer. quantize: int8 for the Linear weights of all layers. Raises InputError.
     """
     folder, device = Path(folder), torch.device(device)
     style = style or backbone_of(folder).text_style
@@ -48,14 +49,15 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
 
     text = _skeleton(Qwen3Model, text_config, device)
     weights = ((name.removeprefix("model."), tensor) for name, tensor in files.tensors(folder / "text_encoder"))
-    files.load_strictly(text, weights, folder / "text_encoder", device, dtype, ignore=("lm_head.",))
+    in_layers, in_blocks = (("layers.",), ("blocks.",)) if quantize == INT8 else ((), ())
+    files.load_strictly(text, weights, folder / "text_encoder", device, dtype, ignore=("lm_head.",), int8=in_layers)
     if vlm is None:
         return Encoder(tokenizer, text, style=style)
     teacher = _skeleton(Qwen3VLModel, vlm_config, device)
-    files.load_strictly(teacher.visual, vision, vlm_folder, device, dtype)
-    for name, parameter in text.named_parameters():  # the same Parameter objects: the language model exists once
-        owner, _, leaf = name.rpartition(".")
-        setattr(teacher.language_model.get_submodule(owner), leaf, parameter)
+    files.load_strictly(teacher.visual, vision, vlm_folder, device, dtype, int8=in_blocks)
+    for name, part in text.named_modules():  # the same modules, whatever has weights: the language model exists once
+        if any(True for _ in part.parameters(recurse=False)):
+            teacher.language_model.set_submodule(name, part)
     return Encoder(tokenizer, text, teacher, image_processor, style)
 
 
@@ -72,15 +74,9 @@ def find_vlm(name: str | Path) -> Path:
 
 def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name without prefix, tensor) of a VLM's vision tower; no other shard is opened. Raises InputError if none."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        names = list(files.read_json(index[0], "weight_map")["weight_map"])
-    else:
-        names = [name for found in files.shards(folder).values() for name in found]
-    prefix = next((prefix for prefix in VISUAL if any(name.startswith(prefix) for name in names)), None)
-    if prefix is None:
-        raise InputError(f"{folder}: no vision tensors ({VISUAL[0]}*) among its weights; give a Qwen3-VL checkpoint")
-    return ((name.removeprefix(prefix), tensor) for name, tensor in files.tensors(folder, prefix))
+    files.shards(folder, *VISUAL)                       # raises now what `tensors` would only once it is asked
+    return ((name.removeprefix("model.").removeprefix("visual."), tensor)
+            for name, tensor in files.tensors(folder, *VISUAL))
 
 
 def _skeleton(kind: type[Model], config, device: torch.device) -> Model:

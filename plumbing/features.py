@@ -29,6 +29,7 @@ from plumbing.checkpoints import pixels_per_patch
 from plumbing.machine import free
 from plumbing.panels import PanelRow
 from plumbing.pictures import Shape, crop, fit, open_image, to_tensor
+from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe, vlm_of
 
 CACHE_FORMAT = 2  # part of every cache key: raise it when cropping or encoding changes
@@ -54,7 +55,7 @@ class Features:
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
                              files.transformer_class(folder), kind,
                              files.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
-                             str(recipe.image_pixels)])
+                             str(recipe.image_pixels), *([cfg.quantize] if cfg.quantize != FLOAT else [])])
         self.examples = place(rows, self.shapes, self.area, cache, self.key, kind)
         self.fingerprint = hashlib.sha256(" ".join(e.file.stem for e in self.examples).encode()).hexdigest()
         self.rows = rows
@@ -71,7 +72,7 @@ class Features:
 
         def load_encoder() -> Encoder:
             reader = encoder_files.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
-                                  self.cfg.teacher_rope)
+                                        self.cfg.teacher_rope, quantize=self.cfg.quantize)
             self.encode_panel(reader, prompts, panel_file)              # while it is in memory
             return reader
 

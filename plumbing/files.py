@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from plumbing.quantized import Int8Linear
+
 ROOT = Path(__file__).resolve().parent.parent  # of this repository
 
 
@@ -74,11 +76,13 @@ def read_json(path: Path, *needed: str) -> dict:
     return content
 
 
-def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
-    """Weight file -> names of its tensors that start with `prefix`, for one model folder.
+def shards(folder: Path, *prefixes: str) -> dict[Path, list[str]]:
+    """Weight file -> names of its tensors, of those that start with one of `prefixes`, for one model folder.
 
-    Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing.
+    Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing,
+    or everything.
     """
+    wanted = prefixes or ("",)
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
@@ -86,19 +90,18 @@ def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     if index:
         for name, file in read_json(index[0], "weight_map")["weight_map"].items():
-            if name.startswith(prefix):
+            if name.startswith(wanted):
                 found.setdefault(folder / file, []).append(name)
         for path in found:
             if not path.is_file():
                 raise InputError(f"{path}: this shard is listed in {index[0].name} but missing; download it again")
-        return found
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [] if index else sorted(folder.glob("*.safetensors")):
         with open_safetensors(path) as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
+            names = [name for name in file.keys() if name.startswith(wanted)]
         if names:
             found[path] = names
     if not found:
-        what = f"tensors {prefix}* in .safetensors files" if prefix else ".safetensors weights"
+        what = f"tensors {'*, '.join(prefixes)}* in .safetensors files" if prefixes else ".safetensors weights"
         raise InputError(f"{folder}: no {what} here; download the folder again")
     return found
 
@@ -115,9 +118,9 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise InputError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(folder: Path, *prefixes: str, only_shapes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a model folder, one tensor in host memory at a time; meta tensors when only_shapes."""
-    for path, names in shards(folder, prefix).items():
+    for path, names in shards(folder, *prefixes).items():
         with open_safetensors(path) as file:
             stored = set(file.keys())
             for name in names:
@@ -127,12 +130,23 @@ def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterat
                              else file.get_tensor(name))
 
 
+def stored_dtypes(folder: Path) -> set[str]:
+    """safetensors' names of the dtypes in a model folder, from the headers of its files."""
+    found: set[str] = set()
+    for path, names in shards(folder).items():
+        with open_safetensors(path) as file:
+            found |= {file.get_slice(name).get_dtype() for name in names}
+    return found
+
+
 def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], source: Path,
-                  device: torch.device | str, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> None:
+                  device: torch.device | str, dtype: torch.dtype, ignore: tuple[str, ...] = (),
+                  int8: tuple[str, ...] = ()) -> None:
     """Put `weights` into a model built on the meta device, tensor by tensor, on `device` in `dtype`.
 
     Peak host memory is one shard above the model. Every parameter and persistent buffer must come, and nothing else,
-    except names that start with one of `ignore`. Raises InputError on missing, unknown or misshapen tensors.
+    except names that start with one of `ignore`. Linear layers whose names start with one of `int8` become Int8Linear.
+    Raises InputError on missing, unknown or misshapen tensors.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights:
@@ -144,20 +158,22 @@ def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Ten
         if tuple(tensor.shape) != shape:
             raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
                              "weights and config do not belong together")
-        put(model, name, tensor.to(device=device, dtype=dtype))
+        put(model, name, tensor.to(device), dtype, name.startswith(int8))
     if expected:
         raise InputError(f"{source}: tensor {next(iter(expected))} is missing ({len(expected)} in all); "
                          "download the folder again")
 
 
-def put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace the meta tensor called `name` by a frozen real one."""
+def put(model: torch.nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, int8: bool = False) -> None:
+    """Replace the meta tensor called `name` by a frozen real one in `dtype`, or a Linear layer's weight by int8."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
+    if int8 and leaf == "weight" and isinstance(module, torch.nn.Linear):
+        model.set_submodule(path, Int8Linear(tensor, module.bias, dtype))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor.to(dtype)
     else:
-        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:

@@ -5,6 +5,7 @@ Our own files are written by `lora.save`, in diffusers' spelling. `combined` add
 import json
 import math
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lora import Adapter
 from plumbing.backbone import Backbone, Transformer
 from plumbing.checkpoints import BACKBONES
 from plumbing.files import InputError, open_safetensors, read_json
+from plumbing.quantized import FLOAT
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
@@ -56,6 +58,15 @@ def load(path: Path | str, model: Transformer) -> Adapter:
         raise InputError(f"{path}: no LoRA in this file; give a LoRA made for this transformer")
     rank = max(len(A) for A, _ in weights.values())
     return Adapter(weights, rank, alpha=rank)
+
+
+def warn_other_weights(path: Path | str, quantize: str) -> None:
+    """One line on stderr for an adapter that was trained with another --quantize; a file that does not say: none."""
+    with open_safetensors(Path(path)) as file:
+        trained = (file.metadata() or {}).get("quantize", FLOAT)
+    if trained != quantize:
+        print(f"warning: {path}: trained with --quantize {trained}, used with {quantize}; pictures differ a little",
+              file=sys.stderr)
 
 
 def combined(adapters: list[Adapter], weight: float = 1.0) -> Adapter:

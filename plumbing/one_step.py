@@ -26,6 +26,7 @@ from plumbing.machine import device_and_dtype, free
 from plumbing.options import option, parse
 from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image
 from plumbing.program import run as run_program
+from plumbing.quantized import FLOAT
 from rollout import Velocity, rollout, sigma_grid
 
 ROWS = ("x: the state that the student visits", "what the student takes it for", "what the teacher takes it for, who "
@@ -73,14 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = device_and_dtype("auto", "auto")
     backbone, recipe, multiple = backbone_of(model), recipe_of(model), pixels_per_patch(model)
     size = data.nearest_shape(row.size, data.bucket_shapes(options["size"], multiple))
+    quantize = options.get("quantize", FLOAT)                                       # which older runs do not say
 
     words = ["--prompt", row.captions[0], "--reference", str(row.image), "--teacher-rope", options["teacher_rope"],
-             "--teacher-context", options["teacher_context"], *(["--vlm", options["vlm"]] if options["vlm"] else [])]
+             "--teacher-context", options["teacher_context"], *(["--vlm", options["vlm"]] if options["vlm"] else []),
+             "--quantize", quantize]
     sources = [fit(open_image(path), multiple, options["size"] ** 2, path) for path in row.sources]
     (c_s,), (c_t,) = sample.contexts_of(parse(sample.Options, words, ""), model, recipe, [row.captions[0]], sources,
                                         size, device, dtype)
     free()
-    net, shape = backbone.load(model, device, dtype), latent_shape(model, *size)
+    net, shape = backbone.load(model, device, dtype, quantize=quantize), latent_shape(model, *size)
     x, c_s, c_t = starting_noise(backbone, options["seed"], shape).to(device), c_s.to(device), c_t.to(device)
     sigmas = sigma_grid(shift_rule(model)(options["rollout_steps"], *shape[1:]), options["rollout_steps"])
     theta, theta_bar = (lora_files.load(folder / f"{side}.safetensors", net) for side in ("student", "teacher"))

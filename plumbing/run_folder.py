@@ -10,6 +10,7 @@ from lora import Tuned
 from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
                             read_json, write_json, write_tensors)
 from plumbing.machine import peak_memory_gb, weights_gb
+from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.train_options import UNTUNED, names_of
 
@@ -55,7 +56,8 @@ def in_todays_words(options: dict) -> dict:
     words = {"base": UNTUNED}
     if "teacher" in options:
         options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
-    return {**options, "teacher_lora": [words.get(word, word) for word in options.get("teacher_lora", [])]}
+    teachers = [words.get(word, word) for word in options.get("teacher_lora", [])]
+    return {"quantize": FLOAT, **options, "teacher_lora": teachers}
 
 
 class Run:
@@ -72,7 +74,8 @@ class Run:
         state = self.tuned.state()
         for name, parameter in self.tuned.parameters().items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "step": str(self.step)}
+        facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "quantize": self.cfg.quantize,
+                 "step": str(self.step)}
         self.tuned.save(self.out, facts, self.with_teacher)
         write_tensors(self.out / STATE, state, {"step": str(self.step)})
 

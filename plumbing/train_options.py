@@ -11,6 +11,7 @@ from encoder import TEACHER_CONTEXTS
 from loss import WEIGHTS
 from plumbing.files import InputError
 from plumbing.options import check_seed, option
+from plumbing.quantized import FLOAT, INT8
 
 DATA, METHOD, OPTIMISATION = "data and model", "method", "optimisation"     # headings of --help
 OUTPUT, MACHINE = "output", "machine"
@@ -76,6 +77,8 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
     dtype: str = option("auto", "precision of the frozen networks; auto is bfloat16 on CUDA, else float32", MACHINE,
                         choices=("auto", "float32", "bfloat16"))
+    quantize: str = option(FLOAT, "precision of the frozen weights in the networks' blocks: int8 halves the memory of "
+                           "bfloat16, none is --dtype", MACHINE, choices=(FLOAT, INT8))
     checkpointing: bool = option(None, "recompute blocks in the backward pass: less memory, more time", MACHINE)
     compile: bool = option(False, "torch.compile the transformer's block: a slow start, then faster steps", MACHINE)
 

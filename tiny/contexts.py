@@ -17,12 +17,14 @@ from model import Context
 from networks import vae as autoencoder
 from networks.flux2 import KLEIN
 from plumbing import encoder_files
-from plumbing.files import tensors
+from plumbing.files import put, tensors
+from plumbing.quantized import FLOAT, INT8
 from tiny.models import is_flux2
 from tiny.world import SIDE
 
 PATCH, MERGE, WIDTH = 8, 2, 128               # pixels of a patch, patches along a merged token, width of the features
 IMAGE_TOKENS = (SIDE // PATCH // MERGE) ** 2
+IN_LAYERS = ("model.language_model.layers.", "model.visual.blocks.")    # what --quantize rounds, as encoder_files does
 TOKENS = 56                                   # of every text context of FLUX.2; the longest prompt has about 50
 
 
@@ -94,9 +96,9 @@ class VlmFeatures:
 class ReferenceFeatures:
     """FLUX.2's contexts; equal to those of encoder.py, which refuses empty prompts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantize: str = FLOAT) -> None:
         self.vae = autoencoder.load(folder, "cpu")
-        self.reader = encoder_files.load(folder, "cpu", torch.float32, style=KLEIN.text_style)
+        self.reader = encoder_files.load(folder, "cpu", torch.float32, style=KLEIN.text_style, quantize=quantize)
         self.ids = lru_cache(maxsize=100_000)(lambda text: tuple(self.reader.tokenizer(text).input_ids))
 
     @torch.no_grad()
@@ -124,10 +126,13 @@ class ReferenceFeatures:
 
 
 # ------------------------------------------------------------------------------------------------------- either
-def load_features(folder: Path) -> VlmFeatures | ReferenceFeatures:
-    """What the transformer of an embedded model reads; the VLM is put together from text_encoder/ and vlm/, frozen."""
+def load_features(folder: Path, quantize: str = FLOAT) -> VlmFeatures | ReferenceFeatures:
+    """What the transformer of an embedded model reads; the VLM is put together from text_encoder/ and vlm/, frozen.
+
+    quantize: of train.py, for the encoders.
+    """
     if is_flux2(folder):
-        return ReferenceFeatures(folder)
+        return ReferenceFeatures(folder, quantize)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     vlm = Qwen3VLForConditionalGeneration(build_config(tokenizer)).eval().requires_grad_(False)
     vlm.config._attn_implementation = "sdpa"
@@ -135,4 +140,7 @@ def load_features(folder: Path) -> VlmFeatures | ReferenceFeatures:
     weights |= dict(tensors(folder / "vlm"))
     missing, unexpected = vlm.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)                # lm_head is tied
+    if quantize == INT8:
+        for name, tensor in weights.items():
+            put(vlm, name, tensor, torch.float32, name.startswith(IN_LAYERS))
     return VlmFeatures(vlm, tokenizer)

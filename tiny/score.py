@@ -25,6 +25,7 @@ from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError, write_json
 from plumbing.pictures import crop, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
+from plumbing.quantized import FLOAT, INT8
 from rollout import Velocity
 from tiny.concepts import Concept
 from tiny.contexts import load_features
@@ -105,9 +106,10 @@ def ordinary_prompts(count: int, g: torch.Generator) -> Prompts:
 class Judge:
     """A checkpoint of the embedded kind, and the reader of its pictures."""
 
-    def __init__(self, folder: Path) -> None:
-        self.features, self.vae, self.reader = load_features(folder), autoencoder.load(folder, "cpu"), Reader()
-        self.net = backbone_of(folder).load(folder, "cpu", torch.float32)
+    def __init__(self, folder: Path, quantize: str = FLOAT) -> None:
+        self.features, self.reader = load_features(folder, quantize), Reader()
+        self.vae = autoencoder.load(folder, "cpu")
+        self.net = backbone_of(folder).load(folder, "cpu", torch.float32, quantize=quantize)
 
     def noise(self, count: int, g: torch.Generator) -> Tensor:
         """(count, C, 16, 16) at sigma = 1."""
@@ -171,9 +173,10 @@ def main() -> None:
     parser = options_of(__doc__, EMBEDDED, "out/score")
     parser.add_argument("--concept-prompts", type=int, default=80, help="number of new prompts with [V]; default 80")
     parser.add_argument("--ordinary-prompts", type=int, default=200, help="number of prompts without [V]; default 200")
+    parser.add_argument("--quantize", default=FLOAT, choices=(FLOAT, INT8), help="as in train.py; default none")
     options = parser.parse_args()
 
-    judge = Judge(options.model)
+    judge = Judge(options.model, options.quantize)
     kind, concept, pictures = concept_of(options.data, judge.reader)
     g = generator(options.seed + 50, 0)
     new = concept_prompts(kind, concept, options.concept_prompts, g)
