@@ -74,9 +74,15 @@ def find_vlm(name: str | Path) -> Path:
 
 def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name without prefix, tensor) of a VLM's vision tower; no other shard is opened. Raises InputError if none."""
-    files.shards(folder, *VISUAL)                       # raises now what `tensors` would only once it is asked
-    return ((name.removeprefix("model.").removeprefix("visual."), tensor)
-            for name, tensor in files.tensors(folder, *VISUAL))
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        names = list(files.read_json(index[0], "weight_map")["weight_map"])
+    else:
+        names = [name for found in files.shards(folder).values() for name in found]
+    prefix = next((prefix for prefix in VISUAL if any(name.startswith(prefix) for name in names)), None)
+    if prefix is None:
+        raise InputError(f"{folder}: no vision tensors ({VISUAL[0]}*) among its weights; give a Qwen3-VL checkpoint")
+    return ((name.removeprefix(prefix), tensor) for name, tensor in files.tensors(folder, prefix))
 
 
 def _skeleton(kind: type[Model], config, device: torch.device) -> Model:

@@ -76,13 +76,11 @@ def read_json(path: Path, *needed: str) -> dict:
     return content
 
 
-def shards(folder: Path, *prefixes: str) -> dict[Path, list[str]]:
-    """Weight file -> names of its tensors, of those that start with one of `prefixes`, for one model folder.
+def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
+    """Weight file -> names of its tensors that start with `prefix`, for one model folder.
 
-    Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing,
-    or everything.
+    Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing.
     """
-    wanted = prefixes or ("",)
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
@@ -90,18 +88,19 @@ def shards(folder: Path, *prefixes: str) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     if index:
         for name, file in read_json(index[0], "weight_map")["weight_map"].items():
-            if name.startswith(wanted):
+            if name.startswith(prefix):
                 found.setdefault(folder / file, []).append(name)
         for path in found:
             if not path.is_file():
                 raise InputError(f"{path}: this shard is listed in {index[0].name} but missing; download it again")
-    for path in [] if index else sorted(folder.glob("*.safetensors")):
+        return found
+    for path in sorted(folder.glob("*.safetensors")):
         with open_safetensors(path) as file:
-            names = [name for name in file.keys() if name.startswith(wanted)]
+            names = [name for name in file.keys() if name.startswith(prefix)]
         if names:
             found[path] = names
     if not found:
-        what = f"tensors {'*, '.join(prefixes)}* in .safetensors files" if prefixes else ".safetensors weights"
+        what = f"tensors {prefix}* in .safetensors files" if prefix else ".safetensors weights"
         raise InputError(f"{folder}: no {what} here; download the folder again")
     return found
 
@@ -118,9 +117,9 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise InputError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def tensors(folder: Path, *prefixes: str, only_shapes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a model folder, one tensor in host memory at a time; meta tensors when only_shapes."""
-    for path, names in shards(folder, *prefixes).items():
+    for path, names in shards(folder, prefix).items():
         with open_safetensors(path) as file:
             stored = set(file.keys())
             for name in names:

@@ -224,9 +224,9 @@ def test_bad_vlm_folders(world, monkeypatch, tmp_path):
     shutil.copy(world.vlm / "config.json", tmp_path)
     fails("preprocessor_config.json: no such file", load, tmp_path)
     write_preprocessor(tmp_path)
-    fails("no tensors .* in .safetensors files", load, tmp_path)
+    fails("no .safetensors", load, tmp_path)
     save_file({"model.language_model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
-    fails(r"no tensors model.visual.\*, visual.\* in", load, tmp_path)
+    fails("no vision tensors", load, tmp_path)
 
 
 @pytest.mark.parametrize("section, key, value, message", [
