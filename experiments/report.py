@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from plumbing.comparison import mean_and_spread, paired
 from experiments.measure import MEASURES
 from experiments.protocol import (BASE, GRADIENT_PASS, TEACHER, TITLES, VALIDATION, Curve, Measurement, Plan,
                                   Settings, Training)
 from experiments.results import Results, choose_rates, score_of_rate
+from tiny.comparison import mean_and_spread, paired
 
 NOT_RUN = "not run"
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested

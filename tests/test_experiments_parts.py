@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import comparison as earlier, processes
+from plumbing import processes
 from tiny.comparison import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
@@ -35,7 +35,6 @@ def test_sign_flips_against_enumeration():
 
 @pytest.mark.quick
 def test_intervals_and_pairs():
-    assert (earlier.paired, earlier.mean_and_spread) == (paired, mean_and_spread)       # by its earlier name
     low, high = bootstrap(torch.randn(400, generator=seeded(1)).tolist())
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2 ** 0.5)) and mean_and_spread([4.0]) == (4.0, 0.0)
