@@ -48,8 +48,8 @@ from plumbing.program import Interrupt
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
 from plumbing.run_folder import Run, open_run, out_folder, print_summary
-from plumbing.train_options import (NONE, PRIOR, TARGET, UNTUNED, Options, Source, check_filled, check_values,
-                                    read_source, shows_target, sources_of)
+from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
+                                    shows_target, sources_of, what_is_kept)
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -194,17 +194,11 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each source."""
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg, METHODS[cfg.method])
-    if cfg.keep is None and (cfg.method not in ("dopsd", PRIOR) or cfg.teacher_lora):
-        cfg.keep = NONE                                                 # whatever the recipe says
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
     rows = [read_source(source) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
-    recipe = recipe_of(folder)
-    if cfg.keep is None and any(row.sources for part in rows for row in part):
-        cfg.keep = recipe.keep_edits
+    recipe = what_is_kept(cfg, recipe_of(folder), edits=any(row.sources for part in rows for row in part))
     filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
-    if filled.keep == NONE:
-        filled.grad_states = cfg.grad_states                            # without --keep the published method: all
     rows += [read_source(source) for source in sources_of(filled)[len(rows):]]          # what the recipe keeps
     return filled, recipe, folder, rows
 
@@ -244,13 +238,14 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
     model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile, cfg.quantize)
     run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
               shows_target(cfg, METHODS[cfg.method]))
-    tasks = [task_of(index, source, part.dataset, cfg, recipe, model, shift_rule(folder))
+    shift_of = shift_rule(folder)
+    tasks = [task_of(index, source, part.dataset, cfg, recipe, model, shift_of)
              for index, (source, part) in enumerate(zip(sources_of(cfg), features, strict=True))]
     if cfg.resume:
         run.load()
     run.begin(recipe.name, fingerprint_of(features))
     print_summary(cfg, recipe, folder, run, tasks)
-    panels = Panels(folder, model, shift_rule(folder), recipe.inference_steps, cfg.seed,
+    panels = Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed,
                     features[0].dataset.examples[0].shape, [row for part in features for row in part.panel])
     return run, tasks, panels
 

@@ -12,6 +12,7 @@ from loss import WEIGHTS
 from plumbing.files import InputError
 from plumbing.options import check_seed, option
 from plumbing.quantized import FLOAT, INT8
+from plumbing.recipes import Recipe
 
 DATA, METHOD, OPTIMISATION = "data and model", "method", "optimisation"     # headings of --help
 OUTPUT, MACHINE = "output", "machine"
@@ -108,6 +109,19 @@ def check_values(cfg: Options, method: Method) -> None:
     if cfg.noise and not method.takes_noise:
         raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
+
+
+def what_is_kept(cfg: Options, recipe: Recipe, edits: bool) -> Recipe:
+    """The recipe with what this run keeps by default, and with all states where nothing is kept: the published method.
+
+    Only D-OPSD, and DreamBooth which needs it, keep what the recipe says, and not beside teachers that were named.
+    edits: whether the data is for editing.
+    """
+    keep = cfg.keep
+    if keep is None:
+        starts_from_none = cfg.method not in ("dopsd", PRIOR) or cfg.teacher_lora
+        keep = NONE if starts_from_none else recipe.keep_edits if edits else recipe.keep
+    return dataclasses.replace(recipe, keep=keep, grad_states=None if keep == NONE else recipe.grad_states)
 
 
 def check_filled(cfg: Options) -> None:
