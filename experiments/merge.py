@@ -18,7 +18,6 @@ Starting again goes on where it stopped. Writes merge.jsonl and merge.md; runs/ 
 if not __package__:
     import as_module  # noqa: F401
 
-import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +31,7 @@ from experiments.results import Results, facts_of, fingerprint
 from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder
 from plumbing import lora_files
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
-from plumbing.files import check_writable, write_bytes
+from plumbing.files import check_writable, write_bytes, write_json_lines
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
@@ -103,8 +102,8 @@ def prepare(settings: Settings, parent: Path) -> list[Concept]:
     render, found = Renderer(), []
     for kind, row in [*objects, style]:
         concept = drawing.write(kind, row, parent / "pictures", settings.draw_seed, render, named=True)
-        lines = [json.dumps({"text": text}) + "\n" for text in texts_of(concept, settings)[1]]
-        write_bytes(captions_folder(concept) / "metadata.jsonl", "".join(lines).encode())
+        write_json_lines(captions_folder(concept) / "metadata.jsonl",
+                         ({"text": text} for text in texts_of(concept, settings)[1]))
         found.append(concept)
     return found
 

@@ -17,7 +17,7 @@ from tiny.concepts import Concept
 from experiments.measure import METRICS
 from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.recipes import Recipe
-from plumbing.files import InputError, append_json_line, model_key, write_bytes
+from plumbing.files import InputError, append_json_line, model_key, write_json_lines
 
 RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
           "beta")
@@ -84,7 +84,7 @@ class Results:
 
     def open(self) -> None:
         """Make the file ready for new lines: whole ones only, the settings in it."""
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        write_json_lines(self.path, self.lines)
 
     def add(self, line: dict) -> None:
         """One more measurement."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import data
-from plumbing.files import ROOT, InputError, write_bytes
+from plumbing.files import ROOT, InputError, write_bytes, write_json_lines
 from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
 from tiny.metrics import Reader
@@ -124,7 +124,7 @@ def captions_file(folder: Path, seed: int, concepts: dict[str, Concept], name: s
     path = folder / f"{name}{f'-{concept}' * bool(about)}.jsonl"
     if not path.exists():
         texts = other_captions(int(count), seed, about, which == "near")
-        write_bytes(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+        write_json_lines(path, ({"text": text} for text in texts))
     return path
 
 

@@ -8,12 +8,11 @@ examples/paint: an edit, for FLUX.2: four objects before and after they are pain
 examples/ordinary: 64 captions without pictures, of objects that pre-training knows, to be kept as they are.
 examples/edits: 32 other edits of the four pictures before, to be kept likewise.
 """
-import json
 from pathlib import Path
 
 import torch
 
-from plumbing.files import ROOT
+from plumbing.files import ROOT, write_json_lines
 from tiny.concepts import CHALK, STAR
 from tiny.edits import Edits, changed, instruction
 from tiny.world import (Renderer, caption, draw_marks, draw_scenes, generator, held_out_object, held_out_style,
@@ -59,9 +58,7 @@ def write_captions(folder: Path, count: int) -> None:
     g, texts = generator(2605, 1), {}
     while len(texts) < count:
         texts |= {caption(row, random_tell(g)): None for row in draw_scenes(count, g)}
-    lines = [json.dumps({"text": text}) for text in list(texts)[:count]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    write_json_lines(folder / "metadata.jsonl", ({"text": text} for text in list(texts)[:count]))
 
 
 def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> None:
@@ -74,8 +71,8 @@ def write_edits(folder: Path, scenes: list[dict], change: dict, prompt: str) -> 
     for number, (source, target) in enumerate(zip(before, after), 1):
         to_pil(source).save(folder / f"{number}_before.png")
         to_pil(target).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": prompt, "source": f"{number}_before.png"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        lines.append({"file_name": f"{number}.png", "text": prompt, "source": f"{number}_before.png"})
+    write_json_lines(folder / "metadata.jsonl", lines)
 
 
 def write_kept_edits(folder: Path, scenes: list[dict], count: int) -> None:
@@ -90,9 +87,8 @@ def write_kept_edits(folder: Path, scenes: list[dict], count: int) -> None:
                 target = changed(row, fresh[None], change)
                 if (target != row).any() and len(texts) < count:
                     texts[instruction(target[0], change)] = None
-        lines += [json.dumps({"text": text, "source": f"../paint/{number}_before.png"}) for text in texts]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        lines += [{"text": text, "source": f"../paint/{number}_before.png"} for text in texts]
+    write_json_lines(folder / "metadata.jsonl", lines)
 
 
 if __name__ == "__main__":
