@@ -56,14 +56,14 @@ class Examiner:
             return validate(reader, settings.draw_seed, settings.validation_scenes, settings.diverse_noises)
         prompts, said, seen, noise, noise_again = self.questions(training.concept)
         contexts, times = seen if training.method == TEACHER else said, settings.diverse_noises
-        drawn = self.judge.draw(contexts, noise, adapter, measurement.sampler)
+        drawn = self.judge.draw(contexts, noise, adapter, self.plan.sampler)
         measures, shown = of_concept(reader(drawn), prompts), drawn[:SHOWN[0]]
         if not training.is_trained or {"table 1", "table 2"} & set(measurement.groups):
             several = [context for context in contexts[:len(noise_again) // times] for _ in range(times)]
-            again = self.judge.draw(several, noise_again, adapter, measurement.sampler)
+            again = self.judge.draw(several, noise_again, adapter, self.plan.sampler)
             measures["diversity"] = diversity(reader(again), times, reader.render)
         if training.method != TEACHER:
-            drawn = self.judge.draw(self.usual, self.noise, adapter, measurement.sampler)
+            drawn = self.judge.draw(self.usual, self.noise, adapter, self.plan.sampler)
             measures |= of_ordinary(reader(drawn), self.ordinary)
             shown = torch.cat([shown, drawn[:SHOWN[1]]])
         self.keep(measurement, shown, prompts.captions[:SHOWN[0]] + self.ordinary.captions[:SHOWN[1]])
@@ -74,7 +74,7 @@ class Examiner:
         training, plan = measurement.training, self.plan
         in_table = training.method in (BASE, TEACHER) or (
             "table 1" in measurement.groups and training.seed == plan.settings.seeds[0])
-        if in_table and measurement.sampler == plan.sampler and training.concept in plan.curve_concepts:
+        if in_table and training.concept in plan.curve_concepts:
             save_png(grid(shown, columns=len(prompts), scale=1),
                      picture_file(self.out, plan.row_of(training), training.concept), {"prompts": json.dumps(prompts)})
 

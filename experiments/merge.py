@@ -135,8 +135,7 @@ class Plan:
             sources, words = list(map(captions_folder, self.concepts)), ["--teacher-lora", *self.teacher_files(seed)]
         steps, lr = (steps, self.recipe.lr) if method in METHODS else (0, None)
         words += ["--batch-size", self.recipe.batch_size, "--keep", NONE]
-        points = [Measurement(Training(method, name, seed, lr, options), steps, self.recipe.inference_steps)
-                  for name in names]
+        points = [Measurement(Training(method, name, seed, lr, options), steps) for name in names]
         cost = len(sources) * cost_of(method, asdict(self.recipe))
         return Job(points[-1].training, tuple(points), ("--data", *map(str, [*sources, *words])), cost, step=steps)
 
@@ -173,7 +172,7 @@ class Examiner:
             adapter = lora_files.combined(teachers, 1 / len(teachers) if training.method == "average" else 1.0)
         is_teacher = (training.method, training.options) == ROWS[TEACHER]
         for name in [training.concept, ""] if is_teacher else [training.concept]:
-            reading = self.judge.reader(self.judge.draw(*self.inputs[name], adapter, measurement.sampler))
+            reading = self.judge.reader(self.judge.draw(*self.inputs[name], adapter, self.plan.recipe.inference_steps))
             measures |= (of_concept if name else of_ordinary)(reading, self.prompts[name])
         return measures
 

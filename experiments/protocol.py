@@ -105,10 +105,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A training after `step` optimizer steps, sampled with `sampler` solver steps."""
+    """A training after `step` optimizer steps; sampled with the model's own number of solver steps."""
     training: Training
     step: int = 0
-    sampler: int = 4
     groups: tuple[str, ...] = field(default=(), compare=False)      # the parts that ask for it
 
 
@@ -202,7 +201,7 @@ class Plan:
 
     def reference(self, method: str, concepts: Iterable[str]) -> list[Measurement]:
         """Of the base or the teacher's view."""
-        return [Measurement(Training(method, concept), 0, self.sampler) for concept in concepts]
+        return [Measurement(Training(method, concept)) for concept in concepts]
 
     def trained(self, row: str, concepts: Iterable[str], step: int, options: dict | None = None,
                 rate: float | None = None, seeds: Iterable[int] | None = None) -> list[Measurement]:
@@ -210,7 +209,7 @@ class Plan:
         first one."""
         rate = rate or self.rates.get(row)
         method, changed = self.method_of(row, options)
-        return [Measurement(Training(method, concept, seed, rate, changed), step, self.sampler)
+        return [Measurement(Training(method, concept, seed, rate, changed), step)
                 for concept in concepts for seed in seeds or self.settings.seeds[:1] if rate]
 
     def tuning(self, row: str, rate: float) -> list[Measurement]:
@@ -285,7 +284,7 @@ class Plan:
                 groups.setdefault(m.training, {}).setdefault(m, []).append(part)
         jobs = []
         for training, found in groups.items():
-            in_order = sorted(found, key=lambda m: (m.step, m.sampler))
+            in_order = sorted(found, key=lambda m: m.step)
             measurements = tuple(replace(m, groups=tuple(found[m])) for m in in_order)
             words, kind, cost = [], "", (0.0, 0.0)
             if training.concept:

@@ -104,13 +104,13 @@ def line_of(m: Measurement, job: Job, seconds: float, measures: dict) -> dict:
     """What the file keeps of a measurement. seconds: of training, all steps until this one."""
     t = m.training
     return {"run": t.name, "groups": list(m.groups), "method": t.method, "options": dict(t.options),
-            "concept": t.concept, "kind": job.kind, "seed": t.seed, "lr": t.lr, "step": m.step, "sampler": m.sampler,
+            "concept": t.concept, "kind": job.kind, "seed": t.seed, "lr": t.lr, "step": m.step,
             "cost": job.first_cost + m.step * job.cost, "seconds": round(seconds, 2), "measures": measures}
 
 
 def measurement_of(line: dict) -> Measurement:
     training = Training(line["method"], line["concept"], line["seed"], line["lr"], tuple(line["options"].items()))
-    return Measurement(training, line["step"], line["sampler"])
+    return Measurement(training, line["step"])
 
 
 def score_of_rate(plan: Plan, results: Results, row: str, rate: float) -> float | None:

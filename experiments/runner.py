@@ -96,9 +96,8 @@ def perform(title: str, jobs: list[Job], results: Results, workers: int, make: C
             if isinstance(message, dict):
                 results.add(message)
                 done += 1
-                usual, found = results.facts["recipe"]["inference_steps"], message["measures"]
-                sampler = "" if message["sampler"] == usual else f", {message['sampler']} solver steps"
-                print(f"  {done}/{count}  {message['run']}, step {message['step']}{sampler}",
+                found = message["measures"]
+                print(f"  {done}/{count}  {message['run']}, step {message['step']}",
                       *(f" {name} {found[name]:.3f}" for name in DRAWN if name in found), flush=True)
             elif message is not None:
                 failed.append(job.training.name)
