@@ -12,12 +12,12 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return x @ (weight.to(x.dtype) * scale.to(x.dtype)).T
+        return x @ (weight * scale.to(x.dtype)).T
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, scale = ctx.saved_tensors
-        return gradient @ (weight.to(gradient.dtype) * scale.to(gradient.dtype)), None, None
+        return gradient @ (weight * scale.to(gradient.dtype)), None, None
 
 
 class Int8Linear(nn.Module):

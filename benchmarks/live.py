@@ -4,13 +4,15 @@ Under `torch._subclasses.FakeTensorMode` tensors have shapes and no numbers, so 
 megabytes. Every storage is counted from the call that returned it until Python and autograd let go of it.
 
 What it leaves out: the inside of a kernel, an allocator's rounding and fragments, cuBLAS' workspace and the CUDA context
-(together perhaps 1 GiB on a card). What it counts and a card does not: fake tensors go through a CPU's operators, whose
-`rms_norm` is several float32 ones; CUDA's is one, which keeps its input.
+(together perhaps 1 GiB on a card). Fake tensors go through a CPU's operators, which keep as much as CUDA's do but for
+one: see `FusedNorm`.
 """
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,6 +69,30 @@ class Live(TorchDispatchMode):
         if formula is not None:
             self.flop += formula(*args, **kwargs, out_val=result)
         return result
+
+
+class FusedNorm(torch.autograd.Function):
+    """CUDA's rms_norm by its storages: one operator that keeps its input. A CPU's is several, in float32. No numbers."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], device=x.device))    # the last: 1 / rms
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return torch.empty_like(gradient), None                         # the weights of norms are frozen
+
+
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """Put FusedNorm in the place of F.rms_norm."""
+    before = F.rms_norm
+    F.rms_norm = lambda x, shape, weight=None, eps=None: FusedNorm.apply(x, weight)
+    try:
+        yield
+    finally:
+        F.rms_norm = before
 
 
 class Grid(list):

@@ -2,8 +2,8 @@
 
 On a CUDA GPU it runs: seconds, peak memory, TFLOP/s. Without one it is simulated by fake tensors (live.py): peak and
 TFLOP. The step is train.py's: `accumulate` batches of a rollout, `dopsd` and backward at every learned state, then clip,
-AdamW and EMA. Gradients and Adam's moments exist from the start, as in every step but the first. `--official` puts the
-released algorithm (official.py) beside it. The last line is a JSON object.
+AdamW and EMA. Adam's moments exist from the start, as in every step but the first, and gradients, as in every backward
+pass of a step but the first. `--official` puts the released algorithm (official.py) beside it. The last line is JSON.
 
 Contexts have as many tokens as a caption of 100 words: student 128; the teacher 576 more, of a 768x768 picture
 (Z-Image), or the target's latents as a reference (FLUX.2, whose texts are padded to 512).
@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 import lora
 from benchmarks import official
 from benchmarks.int8_rows import quantize_blocks  # until plumbing/quantized.py is there
-from benchmarks.live import GIB, Grid, Live
+from benchmarks.live import GIB, Grid, Live, fused_norms
 from loss import weight_of
 from model import Z_IMAGE, Context
 from networks.flux2 import KLEIN
@@ -115,7 +114,9 @@ class Program:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, foreach=True)    # CUDA's default
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()                                           # the moments
+        self.optimizer.step()                                           # makes the moments
+        if cfg.accumulate * (1 if released else cfg.grad_states) == 1:  # one backward pass: there are none before it
+            self.optimizer.zero_grad(set_to_none=True)
         channels = config["in_channels"] // (1 if cfg.backbone == "zimage" else 4)
         self.x = torch.randn(cfg.batch_size, channels, cfg.size // 8, cfg.size // 8, device=device)
         self.c_s, self.c_t = contexts(cfg, config, device)
@@ -160,7 +161,7 @@ def simulate(cfg: Options, config: dict, released: bool) -> dict[str, float]:
     sigmas = Grid(sigma_grid(3.0, TURBO.rollout_steps).tolist())
     drawn = draws(cfg, 1 if released else TURBO.rollout_steps, released)
     drawn = [learned for i, learned in enumerate(drawn) if sorted(learned) not in map(sorted, drawn[:i])]
-    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), fused_norms(), Live() as live:
         program = Program(cfg, config, released, torch.bfloat16, torch.device("cpu"))
         live.peak, live.flop = live.now, 0
         for learned in drawn:
