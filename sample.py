@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     skeleton = backbone.check(folder)                               # before the larger work of encoding
     if cfg.lora:
         lora_files.load(cfg.lora, skeleton)
-    check_memory(folder, device, dtype)
+    check_memory(folder, device, dtype, cfg)
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes
     net = backbone.load(folder, device, dtype)

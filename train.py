@@ -222,7 +222,7 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
     for source in sources_of(cfg):
         adapter_of(source.teacher, skeleton)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    check_memory(folder, device, dtype)
+    check_memory(folder, device, dtype, cfg, skeleton)
     cache = Path(cfg.cache) if cfg.cache else out_folder(cfg) / "cache"
     features = [Features(cfg, part, folder, recipe, kind if source.teacher == TARGET else "", cache, device, dtype,
                          in_panels=not source.is_kept) for part, source in zip(rows, sources_of(cfg), strict=True)]

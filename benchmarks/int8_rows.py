@@ -1,8 +1,10 @@
-"""Stand-in for `--quantize int8`: a Linear with int8 weights and one scale per output row, by what it keeps in memory.
+"""Stand-in for `Int8Linear` of plumbing/quantized.py, by what it keeps in memory, until that can be imported here.
 
-The weight in x's dtype is made where it is used, in forward and again in backward; neither keeps it.
+Int8 weights and one scale per output row. The weight in x's dtype is made where it is used, in forward and again in
+backward; neither keeps it.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -10,35 +12,32 @@ class Product(torch.autograd.Function):
     """x (..., in) -> (..., out), with gradient for x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return x @ (weight * scale.to(x.dtype)).T
+        return F.linear(x, weight * scale, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, scale = ctx.saved_tensors
-        return gradient @ (weight * scale.to(gradient.dtype)), None, None
+        return gradient @ (weight * scale), None, None, None
 
 
 class Int8Linear(nn.Module):
     """In the place of a frozen Linear."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        rows, columns = layer.weight.shape
-        device = layer.weight.device
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8, device=device), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(rows, 1, device=device), requires_grad=False)
-        self.bias = layer.bias
+        self.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(weight[:, :1].to(dtype), requires_grad=False)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = Product.apply(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias
+        return Product.apply(x, self.weight, self.scale, self.bias)
 
 
-def quantize_blocks(model) -> None:
-    """Every Linear of the model's blocks, in place; model: on the meta device."""
+def quantize_blocks(model, dtype: torch.dtype) -> None:
+    """Every Linear of the model's blocks, in place, for inputs in dtype."""
     for block in model.blocks().values():
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
-                block.set_submodule(name, Int8Linear(layer))
+                block.set_submodule(name, Int8Linear(layer.weight.detach(), layer.bias, dtype))

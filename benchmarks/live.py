@@ -3,7 +3,7 @@
 Under `torch._subclasses.FakeTensorMode` tensors have shapes and no numbers, so a step of a 6B network takes seconds and
 megabytes. Every storage is counted from the call that returned it until Python and autograd let go of it.
 
-What it leaves out: the inside of a kernel, an allocator's rounding and fragments, cuBLAS' workspace and the CUDA context
+What it leaves out: the inside of a kernel, an allocator's rounding and fragments, cuBLAS' workspace and CUDA's context
 (together perhaps 1 GiB on a card). Fake tensors go through a CPU's operators, which keep as much as CUDA's do but for
 one: see `FusedNorm`.
 """
@@ -31,8 +31,8 @@ def attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tens
     return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
-# torch's formulas; a multiplication and an addition are two FLOP. (Its FlopCounterMode would not do here: the hooks that
-# tell it the module keep what a checkpointed block recomputes alive until the backward pass is over.)
+# torch's formulas; a multiplication and an addition are two FLOP. (Its FlopCounterMode would not do here: its hooks on
+# modules keep what a checkpointed block recomputes alive until the backward pass is over.)
 FLOP = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: attention,
                         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
 
@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
 
 
 class FusedNorm(torch.autograd.Function):
-    """CUDA's rms_norm by its storages: one operator that keeps its input. A CPU's is several, in float32. No numbers."""
+    """CUDA's rms_norm by its storages: one operator, which keeps its input. A CPU's is several, in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The released algorithm of D-OPSD on diffusers and PEFT, as a network for `train.dopsd`, to measure ourselves beside it.
+"""The released algorithm of D-OPSD on diffusers and PEFT, as velocities for `train.dopsd`: what we measure us against.
 
 What it does that we do not: student and teacher are two PEFT adapters that are switched on and off; all K graphs stay
 alive until one backward; text encoder, VLM and VAE stay on the GPU (`resident_bytes`). Assumed, since its code is not

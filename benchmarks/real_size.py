@@ -1,9 +1,10 @@
-"""One optimizer step at the true sizes: `python -m benchmarks.real_size --backbone zimage` (random weights, no download).
+"""One optimizer step at the true sizes: `python -m benchmarks.real_size --backbone zimage` (no weights are needed).
 
 On a CUDA GPU it runs: seconds, peak memory, TFLOP/s. Without one it is simulated by fake tensors (live.py): peak and
-TFLOP. The step is train.py's: `accumulate` batches of a rollout, `dopsd` and backward at every learned state, then clip,
-AdamW and EMA. Adam's moments exist from the start, as in every step but the first, and gradients, as in every backward
-pass of a step but the first. `--official` puts the released algorithm (official.py) beside it. The last line is JSON.
+TFLOP. The step is train.py's: `accumulate` batches of a rollout, `dopsd` and backward at every learned state, then
+clip, AdamW and EMA. Adam's moments exist from the start, as in every step but the first, and so do gradients, as in
+every backward pass but the first of a step. `--official` puts the released algorithm (official.py) beside it. The last
+line is a JSON object.
 
 Contexts have as many tokens as a caption of 100 words: student 128; the teacher 576 more, of a 768x768 picture
 (Z-Image), or the target's latents as a reference (FLUX.2, whose texts are padded to 512).
@@ -20,12 +21,11 @@ from torch._subclasses import FakeTensorMode
 
 import lora
 from benchmarks import official
-from benchmarks.int8_rows import quantize_blocks  # until plumbing/quantized.py is there
+from benchmarks.int8_rows import quantize_blocks
 from benchmarks.live import GIB, Grid, Live, fused_norms
 from loss import weight_of
 from model import Z_IMAGE, Context
 from networks.flux2 import KLEIN
-from plumbing.files import put
 from plumbing.options import option, parse
 from plumbing.recipes import TURBO
 from rollout import sigma_grid
@@ -70,20 +70,21 @@ def skeleton(cfg: Options, config: dict, released: bool) -> nn.Module:
         if released:
             return official.network(model, config, cfg.rank, 2 * cfg.rank, cfg.checkpointing)
     if cfg.quantize == "int8":
-        quantize_blocks(model)
+        quantize_blocks(model, torch.bfloat16)
     return model
 
 
 def fill(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Random weights; adapters, and the scales of int8 rows, in float32."""
+    """Random frozen weights; adapters in float32."""
     for name, meta in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
         if meta.dtype == torch.int8:
-            put(model, name, torch.randint(-127, 128, meta.shape, dtype=torch.int8, device=device))
-            continue
-        std = 1 / meta.shape[-1] ** 0.5 if meta.ndim == 2 else 1.0
-        precise = "lora_" in name or name.endswith(".scale")
-        put(model, name, torch.empty(meta.shape, dtype=torch.float32 if precise else dtype, device=device))
-        model.get_parameter(name).data.normal_(std=0.01 * std if name.endswith(".scale") else std)
+            value = torch.randint(-127, 128, meta.shape, dtype=torch.int8, device=device)
+        else:
+            std = (0.01 if leaf == "scale" else 1.0) / (meta.shape[-1] ** 0.5 if meta.ndim == 2 else 1.0)
+            value = torch.empty(meta.shape, dtype=torch.float32 if "lora_" in name else dtype, device=device)
+            value.normal_(std=std)
+        model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def contexts(cfg: Options, config: dict, device: torch.device) -> tuple[list[Context], list[Context]]:
@@ -216,7 +217,8 @@ def line(name: str, found: dict) -> str:
     rate, card = found["tflop"] / found["seconds"], torch.cuda.get_device_name()
     most = next((peak for part, peak in PEAKS.items() if part in card), None)
     share = f" ({rate / most:.0%} of its peak)" if most else ""
-    return f"{words}, {found['seconds']:.2f} s, {rate:.0f} TFLOP/s on {card}{share}; {found['simulated_gib']:.1f} simulated"
+    return (f"{words}, {found['seconds']:.2f} s, {rate:.0f} TFLOP/s on {card}{share}; simulated peak "
+            f"{found['simulated_gib']:.1f} GiB")
 
 
 def main(argv: list[str] | None = None) -> None:

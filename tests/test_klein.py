@@ -309,12 +309,12 @@ def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width, 2 ** 40))
         assert check(klein, cuda, dtype) == pytest.approx(count * width / 2 ** 30)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width - 1, 2 ** 40))
-        with pytest.raises(InputError, match=f"{klein}: its weights need .* GB in {str(dtype)[6:]}, cuda has .* GB"):
+        with pytest.raises(InputError, match=f"{klein}: needs .* GB in {str(dtype)[6:]}, cuda has .* GB"):
             check(klein, cuda, dtype)
         assert check(klein, torch.device("cpu"), dtype) > 0                          # the computer's memory may swap
     for program, words in ((train, train_words(place)), (sample, sample_words(place, "--prompt", "a red star"))):
-        monkeypatch.setattr(program, "check_memory", lambda folder, _, dtype: check(folder, cuda, torch.float32))
-        refused(place, program.main, words, ("ROOT/model", "in float32", "free", "--dtype bfloat16"))
+        monkeypatch.setattr(program, "check_memory", lambda folder, _, dtype, *more: check(folder, cuda, torch.float32, *more))
+        refused(place, program.main, words, ("ROOT/model", "in float32", "free", "larger GPU"))
     monkeypatch.setattr("sys.argv", ["train.py", *train_words(place)])
     with pytest.raises(SystemExit) as caught:
         run_program(train.main)
