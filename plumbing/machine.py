@@ -64,8 +64,9 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype, cfg=Non
         gb = needed(SimpleNamespace(**vars(cfg) | changes))
         ways += [f"{words} ({gb:.1f} GB)"] if gb <= left and words not in " ".join(ways) else []
     if need > left:
-        raise InputError(f"{folder}: needs {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} has {left:.1f}"
-                         f" GB free; use {', or '.join(ways[:3] or ['a smaller checkpoint'])}, or a larger GPU")
+        raise InputError(f"{folder}: needs {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} has "
+                         f"{left:.1f} GB free; use {', or '.join(ways[:3] or ['a smaller checkpoint'])}, or a larger "
+                         "GPU")
     return need
 
 

@@ -313,7 +313,8 @@ def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
             check(klein, cuda, dtype)
         assert check(klein, torch.device("cpu"), dtype) > 0                          # the computer's memory may swap
     for program, words in ((train, train_words(place)), (sample, sample_words(place, "--prompt", "a red star"))):
-        monkeypatch.setattr(program, "check_memory", lambda folder, _, dtype, *more: check(folder, cuda, torch.float32, *more))
+        monkeypatch.setattr(program, "check_memory",
+                            lambda folder, _, dtype, *more: check(folder, cuda, torch.float32, *more))
         refused(place, program.main, words, ("ROOT/model", "in float32", "free", "larger GPU"))
     monkeypatch.setattr("sys.argv", ["train.py", *train_words(place)])
     with pytest.raises(SystemExit) as caught:
