@@ -22,14 +22,14 @@ class Product(torch.autograd.Function):
         return gradient @ (weight * scale), None, None, None
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Linear):
     """In the place of a frozen Linear."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(*weight.shape[::-1], bias=False, device="meta")
         self.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(weight[:, :1].to(dtype), requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return Product.apply(x, self.weight, self.scale, self.bias)

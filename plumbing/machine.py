@@ -57,7 +57,8 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype, cfg=Non
         step = step_gb(model, cfg.rank, cfg.checkpointing, student, teacher, dtype)
         return max(1.15 * encoder, transformer + step)                  # .15: vision tower and activations
 
-    need, left, ways = needed(cfg), free_gb(device), []
+    need, left = needed(cfg), free_gb(device)
+    ways: list[str] = []
     for remedy in REMEDIES if model and need > left else ():
         changes = {name: value for name, value in remedy.items() if getattr(cfg, name, None) != value}
         words = " ".join(f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changes.items())

@@ -47,6 +47,7 @@ def test_attention_counts_and_is_not_kept_as_a_square():
     ("zimage", {"n_layers": 4, "n_refiner_layers": 0}, {"size": 512, "checkpointing": False, "batch_size": 2}),
     ("klein-4b", {"num_layers": 1, "num_single_layers": 2}, {}),
     ("klein-4b", {"num_layers": 1, "num_single_layers": 3}, {"size": 512, "checkpointing": False}),
+    ("klein-4b", {"num_layers": 1, "num_single_layers": 1}, {"size": 768, "rank": 16, "quantize": "int8"}),
 ])
 def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers, options):
     """At the true width, with few blocks, where what it does not know weighs most: weights + `step_gb`, within 10 %."""
