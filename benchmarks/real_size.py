@@ -116,8 +116,7 @@ class Program:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()                                           # makes the moments
-        if cfg.accumulate * (1 if released else cfg.grad_states) == 1:  # one backward pass: there are none before it
-            self.optimizer.zero_grad(set_to_none=True)
+        self.is_single = cfg.accumulate * (1 if released else cfg.grad_states) == 1     # backward pass of a step
         channels = config["in_channels"] // (1 if cfg.backbone == "zimage" else 4)
         self.x = torch.randn(cfg.batch_size, channels, cfg.size // 8, cfg.size // 8, device=device)
         self.c_s, self.c_t = contexts(cfg, config, device)
@@ -132,6 +131,8 @@ class Program:
 
     def gradient(self, sigmas: Tensor, learned: list[int]) -> None:
         """Of one batch."""
+        if self.is_single:                                              # so no gradients are there before it
+            self.optimizer.zero_grad(set_to_none=True)
         if not self.released:
             for loss in self.losses(sigmas, learned):
                 (loss / self.cfg.accumulate).backward()                 # one graph alive

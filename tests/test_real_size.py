@@ -80,7 +80,7 @@ def test_both_programs_run_and_count(backbone, monkeypatch, capsys):
     assert every["seconds"] is None and every["grad_states"] == 4
     assert every["ratio"]["peak"] == every["peak_gib"] / (theirs["peak_gib"] + theirs["resident_gib"]) < 1
     assert 0.2 < one["tflop"] / every["tflop"] < 0.5 and theirs["tflop"] == pytest.approx(every["tflop"], rel=0.02)
-    assert theirs["peak_gib"] > every["peak_gib"] >= one["peak_gib"]
+    assert theirs["peak_gib"] > every["peak_gib"] > one["peak_gib"]     # which has no gradients before its only pass
     for released in (False, True):
         assert real_size.run(cfg, TINY[backbone], released, CPU, torch.float32, steps=2)["seconds"] > 0
 
