@@ -26,7 +26,7 @@ from plumbing.backbone import Transformer
 from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, pixels_per_patch, recipe_of,
                                   shift_rule, starting_noise)
 from plumbing.files import InputError, check_writable
-from plumbing.machine import check_memory, device_and_dtype, free
+from plumbing.machine import check_memory, device_and_dtype, free, sampling_gb
 from plumbing.options import check_seed, option, parse
 from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.lora:
         lora_files.load(cfg.lora, skeleton)
         lora_files.warn_other_weights(cfg.lora, cfg.quantize)
-    check_memory(folder, device, dtype)
+    check_memory(cfg, folder, device, lambda cfg: sampling_gb(cfg, folder, dtype))
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes
     net = backbone.load(folder, device, dtype, quantize=cfg.quantize)

@@ -41,7 +41,7 @@ from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, check_quantize, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
 from plumbing.files import InputError
-from plumbing.machine import check_memory, device_and_dtype
+from plumbing.machine import check_memory, device_and_dtype, recomputes, training_gb
 from plumbing.options import parse
 from plumbing.panels import Panels, Shift
 from plumbing.program import Interrupt
@@ -217,7 +217,7 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
     for source in sources_of(cfg):
         adapter_of(source.teacher, skeleton)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    check_memory(folder, device, dtype)
+    check_memory(cfg, folder, device, lambda cfg: training_gb(cfg, folder, dtype, skeleton))
     cache = Path(cfg.cache) if cfg.cache else out_folder(cfg) / "cache"
     features = [Features(cfg, part, folder, recipe, kind if source.teacher == TARGET else "", cache, device, dtype,
                          in_panels=not source.is_kept) for part, source in zip(rows, sources_of(cfg), strict=True)]
@@ -235,7 +235,8 @@ def encode(features: list[Features]) -> None:
 def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
     """The transformer with student and teacher, from the state that --resume continues."""
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    model = backbone_of(folder).load(folder, device, dtype, cfg.checkpointing, cfg.compile, cfg.quantize)
+    model = backbone_of(folder).load(folder, device, dtype, compile=cfg.compile, quantize=cfg.quantize)
+    model.checkpointing = cfg.checkpointing = recomputes(cfg, folder, dtype, model)     # and config.json says so
     run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
               shows_target(cfg, METHODS[cfg.method]))
     shift_of = shift_rule(folder)

@@ -129,9 +129,8 @@ def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str
     depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. kind: of the teacher's
     contexts, "" leaves them out (`--method sft`).
     """
-    placed = [(row, nearest_shape(row.size, shapes)) for row in rows]
     return [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", kind)
-            for row, shape in placed]
+            for row, shape in ((row, nearest_shape(row.size, shapes)) for row in rows)]
 
 
 def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callable, load_encoder: Callable,

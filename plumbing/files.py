@@ -41,7 +41,7 @@ def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] 
             raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in "
                              "diffusers/transformers layout")
         return folder
-    if not looks_like_hub_id(name):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):     # no owner/name
         raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as "
                          "Tongyi-MAI/Z-Image-Turbo")
     from huggingface_hub import snapshot_download  # imported here: local folders need no hub client
@@ -51,11 +51,6 @@ def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name}: not a local folder, and the hub did not give it ({reason}); "
                          "check the name and the network, or give the path of a downloaded folder") from None
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """True for `owner/name`, the only spelling that the hub knows."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

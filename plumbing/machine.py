@@ -1,32 +1,111 @@
-"""The machine: which device and precision, whether the weights fit, how much memory was used."""
+"""The machine: which device and precision, whether a run fits its memory, how much memory was used."""
+import dataclasses
 import gc
 import math
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from encoder import TEACHER_CONTEXTS
+from plumbing.backbone import Transformer
+from plumbing.checkpoints import pixels_per_patch
 from plumbing.files import InputError, tensors
+from plumbing.quantized import FLOAT, INT8
+
+TEXT, PICTURE = 512, 576    # most tokens of a prompt, and of the picture that a VLM shows to the teacher
+IN_BLOCK = re.compile(r"(layers|blocks|refiner)\.\d.*weight")     # what --quantize is for
+SMALL, IN_8_BITS = {"size": 768, "rank": 16}, {"quantize": INT8}
+LESS = [less | {"checkpointing": True} for less in ({}, IN_8_BITS, SMALL, SMALL | IN_8_BITS,
+                                                    SMALL | IN_8_BITS | {"size": 512, "batch_size": 1})]
 
 
-def weights_gb(folder: Path, dtype: torch.dtype) -> float:
-    """GB that the largest network of a checkpoint folder needs for its weights (they are never in memory together).
+# ---------------------------------------------------------------------------------------------------- how much
+def weights_gb(network: Path, dtype: torch.dtype, quantize: str = FLOAT) -> float:
+    """GB of the weights in a checkpoint's folder of one network, from the headers of their files alone."""
+    def size(name: str, weight: torch.Tensor) -> int:
+        in_8_bits = quantize == INT8 and weight.ndim == 2 and IN_BLOCK.search(name)
+        return weight.numel() * (1 if in_8_bits else dtype.itemsize)
 
-    From the headers of the weight files alone.
+    return sum(size(*named) for named in tensors(network, only_shapes=True)) / 2 ** 30
+
+
+def step_gb(model: Transformer, rank: int, checkpointing: bool, student: int, teacher: int, dtype: torch.dtype
+            ) -> float:
+    """GB of a training step beside the weights of the model; student, teacher: numbers of tokens in their batches.
+
+    theta, theta_bar, gradient and Adam's two moments are float32. Each block's input is kept, without checkpointing 23
+    tensors as large: 12, and 4 as wide as the feed-forward. The block at work has up to 30, gradients included.
     """
-    width = torch.finfo(dtype).bits // 8
-    return max(sum(t.numel() for _, t in tensors(Path(folder) / part, only_shapes=True)) * width / 2 ** 30
-               for part in ("transformer", "text_encoder"))
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
+    kept = student * len(model.blocks()) * (1 if checkpointing else 23) + 30 * max(student, teacher)
+    return (5 * 4 * rank * sum(map(sum, shapes)) + kept * shapes[0][1] * dtype.itemsize) / 2 ** 30
 
 
-def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> float:
-    """`weights_gb`. Raises InputError when the GPU has less free memory."""
-    need = weights_gb(folder, dtype)
-    free_gb = torch.cuda.mem_get_info(device)[0] / 2 ** 30 if device.type == "cuda" else math.inf
-    if need > free_gb:
-        raise InputError(f"{folder}: its weights need {need:.1f} GB in {str(dtype).removeprefix('torch.')}, {device} "
-                         f"has {free_gb:.1f} GB free; use a smaller checkpoint, --dtype bfloat16 or a larger GPU")
-    return need
+def step_gb_of(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
+    """`step_gb` by the options of train.py, for prompts of the greatest length. Blocks that may be recomputed are."""
+    image, context = (cfg.size // pixels_per_patch(folder)) ** 2, TEACHER_CONTEXTS[cfg.teacher_context]
+    shown = PICTURE * context.needs_vlm + image * context.adds_reference
+    student, teacher = (cfg.batch_size * (TEXT + image + more) for more in (0, shown))
+    return step_gb(model, cfg.rank, cfg.checkpointing is not False, student, teacher, dtype)
+
+
+def training_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
+    """GB of the larger phase, encoding or training. model: the transformer, for its shapes alone."""
+    encoder, transformer = (weights_gb(folder / part, dtype, cfg.quantize) for part in ("text_encoder", "transformer"))
+    return max(1.15 * encoder, transformer + step_gb_of(cfg, folder, dtype, model))     # .15: vision tower, activations
+
+
+def sampling_gb(cfg, folder: Path, dtype: torch.dtype) -> float:
+    """GB of the larger network's weights: the two are never in memory together."""
+    return max(weights_gb(folder / part, dtype, cfg.quantize) for part in ("text_encoder", "transformer"))
+
+
+# ---------------------------------------------------------------------------------------------------- whether it fits
+def free_gb(device: torch.device) -> float:
+    """Unused memory of a GPU; of a computer all it has, as it may swap, or infinity if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2 ** 30
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    except (AttributeError, ValueError, OSError):                       # Windows has no sysconf
+        return math.inf
+
+
+def check_memory(cfg, folder: Path, device: torch.device, needed: Callable[..., float]) -> None:
+    """Compare needed(cfg) GB with what is free. Raises InputError for a GPU, and warns for a computer's memory.
+
+    The message has up to three ways to need less: options of cfg for which `needed` says so.
+    """
+    need, left = needed(cfg), free_gb(device)
+    if need <= left:
+        return
+    ways: list[str] = []
+    for less in LESS:
+        changes = {name: value for name, value in less.items() if getattr(cfg, name, value) not in (value, None)}
+        gb = needed(dataclasses.replace(cfg, **changes))
+        words = (f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changes.items())
+        way = f"{' '.join(words)} ({gb:.1f} GB)"
+        ways += [way] if gb <= left and way not in ways else []
+    message = (f"{folder}: needs about {need:.1f} GB, {device} has {left:.1f} GB free; use "
+               f"{', or '.join(ways[:3] or ['a smaller checkpoint'])}, or a larger machine")
+    if device.type == "cuda":
+        raise InputError(message)
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def recomputes(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> bool:
+    """Whether blocks are recomputed in the backward pass: if the user says so, or if a step does not fit otherwise.
+
+    model: loaded, so what is free now is for the step; a tenth of it is left for what `step_gb` does not know.
+    """
+    if cfg.checkpointing is not None:
+        return cfg.checkpointing
+    device = next(model.parameters()).device
+    return step_gb_of(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model) > 0.9 * free_gb(device)
 
 
 def free() -> None:
@@ -48,6 +127,8 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         raise InputError(f"--device {device}: not available here; use cpu, or cuda with a torch build for it") from None
     if dtype == "auto":
         dtype = "bfloat16" if found.type == "cuda" else "float32"
+    if found.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"--dtype {dtype}: {torch.cuda.get_device_name(found)} has no such type; use --dtype float32")
     return found, getattr(torch, dtype)
 
 

@@ -1,8 +1,10 @@
 """The panels of a training run: what base, student and teacher draw for the same prompts and the same noise."""
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import lora
@@ -10,6 +12,7 @@ from model import Context
 from networks import vae as autoencoder
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, latent_shape, starting_noise
+from plumbing.machine import free, free_gb
 from plumbing.pictures import Shape, panel, save_png, to_image
 from rollout import sigma_grid
 from sample import draw
@@ -33,7 +36,7 @@ class Panels:
     def __init__(self, folder: Path, model: Transformer, shift_of: Shift, steps: int, seed: int,
                  size: Shape, rows: list[PanelRow]) -> None:
         """size: (height, width) of every picture."""
-        self.folder, self.model, self.seed, self.rows = folder, model, seed, rows
+        self.folder, self.model, self.seed, self.rows, self.size = folder, model, seed, rows, size
         shape = latent_shape(folder, *size)
         self.noise = starting_noise(backbone_of(folder), seed, shape)
         self.sigmas = sigma_grid(shift_of(steps, *shape[1:]), steps)
@@ -43,11 +46,15 @@ class Panels:
              others: dict[str, lora.Adapter] | None = None) -> None:
         """Write the panel of a student and its teachers: one that is shown the target, and others that read the prompt,
         by the titles of their columns; all of them optional."""
-        vae = autoencoder.load(self.folder, next(self.model.parameters()).device)  # small, not needed between panels
+        free()
+        device = next(self.model.parameters()).device
+        if free_gb(device) < 4 * math.prod(self.size) / 2 ** 20:        # what decoding takes (benchmarks/README.md)
+            device = torch.device("cpu")
+        vae = autoencoder.load(self.folder, device)                     # small, not needed between panels
 
         def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
             latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
-            return [to_image(vae.decode(z[None])[0]) for z in latents]
+            return [to_image(vae.decode(z[None].to(device))[0]) for z in latents]
 
         steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
         texts = [row.student for row in self.rows]

@@ -21,7 +21,6 @@ class Recipe:
     loss: str
     batch_size: int
     accumulate: int
-    checkpointing: bool
     keep: str                               # captions whose pictures shall stay as they are, or "none"
     keep_edits: str                         # the same where --data is for editing: captions with sources
     keep_weight: float                      # of their loss
@@ -38,7 +37,7 @@ class Recipe:
 
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
-               rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4, checkpointing=True,
+               rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4,
                keep="none", keep_edits="none", keep_weight=1.0, grad_states=None, save_every=100, sample_every=100,
                teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
                new_object="a [V] on a sandy beach at sunset",
@@ -48,7 +47,7 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
 # are enough, at a learning rate that would spoil other prompts without. Found on three concepts apart: "How the recipe
 # was found" in experiments/README.md.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=2e-3, rank=16, alpha=16,
-               ema=0.999, loss="x0", batch_size=2, accumulate=1, checkpointing=False,
+               ema=0.999, loss="x0", batch_size=2, accumulate=1,
                keep=str(ROOT / "examples" / "ordinary"), keep_edits=str(ROOT / "examples" / "edits"), keep_weight=2.0,
                grad_states=1, save_every=20, sample_every=25,
                teacher_context="vlm", vlm="vlm", image_pixels=None,

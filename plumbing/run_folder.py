@@ -9,7 +9,7 @@ import torch
 from lora import Tuned
 from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
                             read_json, write_json, write_tensors)
-from plumbing.machine import peak_memory_gb, weights_gb
+from plumbing.machine import peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.train_options import UNTUNED, names_of
@@ -112,8 +112,9 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
     """What the run is about to do. tasks: of train.py."""
     shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
     trained = sum(tensor.numel() for tensor in run.tuned.parameters().values())
-    memory = weights_gb(folder, getattr(torch, cfg.dtype))
-    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, {memory:.2g} GB of weights at most")
+    memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model)
+    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {memory:.2g} GB"
+          f"{', blocks recomputed' * cfg.checkpointing}")
     values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None]
     print(f"recipe   {recipe.name}: {', '.join(values)}")
     print(f"trained  {trained:,} LoRA parameters in {len(run.tuned.theta.weights)} layers")

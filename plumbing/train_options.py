@@ -80,7 +80,8 @@ class Options:
                         choices=("auto", "float32", "bfloat16"))
     quantize: str = option(FLOAT, "precision of the frozen weights in the networks' blocks: int8 halves the memory of "
                            "bfloat16, none is --dtype", MACHINE, choices=(FLOAT, INT8))
-    checkpointing: bool = option(None, "recompute blocks in the backward pass: less memory, more time", MACHINE)
+    checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time (default: "
+                                        "if a step does not fit otherwise)", MACHINE)
     compile: bool = option(False, "torch.compile the transformer's block: a slow start, then faster steps", MACHINE)
 
 

@@ -63,13 +63,12 @@ class Fake:
             raise InputError("so it goes")
         if job.training.name == "dies":
             os._exit(3)
-        try:
-            while job.training.name == "sleeps":
-                (self.folder / "asleep").touch()
-                time.sleep(0.05)
-        except KeyboardInterrupt:
-            (self.folder / "saved").touch()
-            raise
+        if job.training.name == "slow":
+            (self.folder / "begun").touch()
+            time.sleep(1)
+            (self.folder / "ended").touch()
+        if job.training.name == "late":
+            (self.folder / "too late").touch()
 
 
 @pytest.mark.quick
@@ -81,24 +80,32 @@ def test_one_process_goes_on_after_a_failure(tmp_path):
     assert "InputError: so it goes" in (tmp_path / "fails.txt").read_text()
 
 
-def test_processes_share_jobs_and_stop_together(tmp_path):
-    jobs = [Job(Training(name)) for name in ("dies", "fails", "works", "sleeps")]
+def messages_by_job(tmp_path: Path, *names: str) -> dict[str, list]:
+    found: dict[str, list] = {name: [] for name in names}
+    for job, message in processes.work([Job(Training(name)) for name in names], 2, partial(Fake, tmp_path)):
+        found[job.training.name].append(message)
+    return found
+
+
+def test_several_processes_go_on_after_a_failure(tmp_path):
+    found = messages_by_job(tmp_path, "fails", "works", "also")
+    assert found == {"fails": [{"name": "fails"}, f"so it goes (log: {tmp_path / 'fails.txt'})"],
+                     "works": [{"name": "works"}, None], "also": [{"name": "also"}, None]}
+
+
+def test_a_process_that_is_killed_is_said_of_every_job_that_is_left(tmp_path):
+    found = messages_by_job(tmp_path, "dies", "slow")
+    assert all(messages == ["a process ended; is there enough memory for all workers?"] for messages in found.values())
+
+
+def test_a_job_in_work_is_ended_and_none_begins_when_the_parent_stops(tmp_path):
+    """Which is what Ctrl-C in the parent leads to."""
+    jobs = [Job(Training(name)) for name in ("slow", "works", *("slow",) * 2, *("late",) * 8)]
     messages = processes.work(jobs, 2, partial(Fake, tmp_path))
-    ends, lines = {}, []
-    while len(lines) < 4 or len(ends) < 3:
-        job, message = next(messages)
-        if isinstance(message, dict):
-            lines.append(message["name"])
-        else:
-            ends[job.training.name] = message
-    assert sorted(lines) == ["dies", "fails", "sleeps", "works"]
-    assert ends["works"] is None
-    assert ends["fails"] == f"so it goes (log: {tmp_path / 'fails.txt'})"
-    assert "process ended" in ends["dies"]
-    while not (tmp_path / "asleep").exists():
-        time.sleep(0.05)
-    messages.close()                                                     # what Ctrl-C in the parent leads to
-    assert (tmp_path / "saved").exists()
+    while next(messages)[0].training.name != "works" or not (tmp_path / "begun").exists():
+        pass
+    messages.close()
+    assert (tmp_path / "ended").exists() and not (tmp_path / "too late").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- the programs

@@ -306,15 +306,16 @@ def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
     check, cuda = machine.check_memory, torch.device("cuda")
     count = max(net.num_parameters() for net in (pipeline.transformer, pipeline.text_encoder))
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        need = machine.sampling_gb(sample.Options(), klein, dtype)
+        assert need == pytest.approx(count * width / 2 ** 30)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width, 2 ** 40))
-        assert check(klein, cuda, dtype) == pytest.approx(count * width / 2 ** 30)
+        check(sample.Options(), klein, cuda, lambda _: need)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (count * width - 1, 2 ** 40))
-        with pytest.raises(InputError, match=f"{klein}: its weights need .* GB in {str(dtype)[6:]}, cuda has .* GB"):
-            check(klein, cuda, dtype)
-        assert check(klein, torch.device("cpu"), dtype) > 0                          # the computer's memory may swap
+        with pytest.raises(InputError, match=f"{klein}: needs about .* GB, cuda has .* GB free"):
+            check(sample.Options(), klein, cuda, lambda _: need)
     for program, words in ((train, train_words(place)), (sample, sample_words(place, "--prompt", "a red star"))):
-        monkeypatch.setattr(program, "check_memory", lambda folder, _, dtype: check(folder, cuda, torch.float32))
-        refused(place, program.main, words, ("ROOT/model", "in float32", "free", "--dtype bfloat16"))
+        monkeypatch.setattr(program, "check_memory", lambda cfg, folder, _, needed: check(cfg, folder, cuda, needed))
+        refused(place, program.main, words, ("ROOT/model", "GB", "free", "larger machine"))
     monkeypatch.setattr("sys.argv", ["train.py", *train_words(place)])
     with pytest.raises(SystemExit) as caught:
         run_program(train.main)
