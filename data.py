@@ -227,19 +227,11 @@ class Example:
         """The training crop: what the VAE encodes and what the teacher is shown; None for captions alone."""
         return crop(open_image(self.row.image), self.shape) if self.row.image else None
 
-    def latents(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x0 (C, h, w), and those of the sources."""
-        with open_safetensors(self.file) as stored:
-            return self._latents(stored)
-
-    def _latents(self, stored) -> tuple[Tensor, tuple[Tensor, ...]]:
-        sources = tuple(stored.get_tensor(f"source.{j}") for j in range(len(self.row.sources)))
-        return stored.get_tensor("latents"), sources
-
     def read(self, caption: int) -> tuple[Tensor, Context, Context | None]:
         """x0 (C, h, w), and the student's and the teacher's context (Eq. 4) with one of the captions."""
         with open_safetensors(self.file) as stored:
-            x0, sources = self._latents(stored)
+            x0, sources = stored.get_tensor("latents"), [stored.get_tensor(f"source.{j}")
+                                                         for j in range(len(self.row.sources))]
             texts = [stored.get_tensor(f"{side}.{caption}") for side in self.sides()]
         return x0, *contexts(texts[0], texts[1] if self.kind else None, sources, x0, self.kind)
 
@@ -258,8 +250,6 @@ class Dataset:
     """Batches by step number. Features are read from the cache when needed: memory does not grow with the data."""
 
     def __init__(self, examples: list[Example], batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise InputError(f"--batch-size {batch_size}: a batch holds at least one image; give 1 or more")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.buckets = Counter(example.bucket for example in examples)  # -> number of images
         self.batches_per_epoch = sum(math.ceil(count / batch_size) for count in self.buckets.values())

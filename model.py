@@ -46,7 +46,8 @@ class Context:
     references: tuple[Tensor, ...] = ()  # latents (C, h, w) of reference images, of any sizes (FLUX.2 only)
 
     def to(self, device: torch.device) -> "Context":
-        return Context(self.text.to(device), tuple(latents.to(device) for latents in self.references))
+        text, *references = (part.to(device, non_blocking=True) for part in (self.text, *self.references))
+        return Context(text, tuple(references))
 
 
 # ---------------------------------------------------------------------------------------------------- facts
@@ -79,9 +80,6 @@ def draw_noise(generator: torch.Generator, channels: int, height: int, width: in
 
 def check_config(config: dict) -> None:
     """Refuse, with an InputError, configurations that are not Z-Image's kind of transformer."""
-    for key in KEYS:
-        if key not in config:
-            raise InputError(f"transformer config: the key {key!r} is missing; use the config of a Z-Image checkpoint")
     head, sides = config["dim"] // config["n_heads"], list(config["axes_dims"])
     for wrong, what in (
         (len(config["all_patch_size"]) != 1, f"all_patch_size {config['all_patch_size']} (one size only)"),
@@ -99,10 +97,10 @@ def check_config(config: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
-def rope_table(ids: Tensor, axes: list[int], theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(ids: Tensor, axes: list[int], theta: float) -> Tensor:
     """Rotary cosines and sines for position ids.
 
-    ids: (b, N, 3) integers; axes: channels per axis; returns two float32 tensors (b, N, 1, sum(axes) / 2).
+    ids: (b, N, 3) integers; axes: channels per axis; returns (b, N, 1, sum(axes) / 2, 2) in float32.
     """
     def frequencies(side: int) -> Tensor:
         return theta ** -(torch.arange(0, side, 2, dtype=torch.float64, device=ids.device) / side)
@@ -110,15 +108,31 @@ def rope_table(ids: Tensor, axes: list[int], theta: float) -> tuple[Tensor, Tens
     # angles in float64: at position 1000 a float32 product would be off by 1e-4
     angles = torch.cat([ids[..., i, None] * frequencies(side) for i, side in enumerate(axes)], dim=-1)
     angles = angles.float().unsqueeze(2)
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn neighbouring channel pairs (2i, 2i + 1) of x (B, N, heads, D) by the angles of `rope`, in float32."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                             # (B, N, heads, D / 2) each
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))                                            # (B, N, heads, D / 2, 2)
+    if torch.compiler.is_compiling():                       # which fuses these, and cannot fuse complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).type_as(x)
+
+
+def first(lengths: list[int], longest: int, device: torch.device) -> Tensor:
+    """(B, longest) bool: True at the first `lengths[i]` places of row i. The host does not wait for the GPU."""
+    return torch.tensor(lengths).to(device, non_blocking=True)[:, None] > torch.arange(longest, device=device)
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """t (b,) float32, already scaled -> its cosines and sines at width / 2 frequencies (b, width)."""
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 2, dtype=torch.float32, device=t.device)
+                            / (width // 2))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimeEmbedder(nn.Module):
@@ -130,11 +144,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (b,) float32, already scaled -> (b, width) in the weights' dtype."""
-        half = TIME_WIDTH // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None] * frequencies                                               # (b, half), float32
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoids(t, TIME_WIDTH).to(next(self.mlp.parameters()).dtype))
 
 
 class Attention(nn.Module):
@@ -150,7 +160,7 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(dim // heads, eps=QK_EPS)
         self.norm_k = nn.RMSNorm(dim // heads, eps=QK_EPS)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, adapter: AdapterBlock) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, adapter: AdapterBlock) -> Tensor:
         q = linear(self.to_q, x, adapter, "attention.to_q").unflatten(-1, (self.heads, -1))  # (B, N, heads, D)
         k = linear(self.to_k, x, adapter, "attention.to_k").unflatten(-1, (self.heads, -1))
         v = linear(self.to_v, x, adapter, "attention.to_v").unflatten(-1, (self.heads, -1))
@@ -188,7 +198,7 @@ class Block(nn.Module):
         if modulated:
             self.adaLN_modulation = nn.ModuleList([nn.Linear(min(dim, TIME_WIDTH), 4 * dim)])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, time: Tensor | None,
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None,
                 adapter: AdapterBlock) -> Tensor:
         """x (B, N, dim), mask (B, 1, 1, N) bool with True = attend, or None; time (b, width) with b = 1 or B."""
         if time is None:                                                                # not modulated
@@ -277,7 +287,7 @@ class ZImageTransformer(nn.Module):
         image_rope, caption_rope = self._rope(lengths, height, width, x.device)
         mask = self._mask(lengths, x.device)
 
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)    # (1,) or (B,)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True).reshape(-1)  # (1 or B,)
         time = self.t_embedder((1 - sigma) * self.t_scale)                                  # (1 or B, time width)
 
         tokens = rearrange(x.to(dtype), "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
@@ -292,13 +302,13 @@ class ZImageTransformer(nn.Module):
 
         if mask is not None:                                                                # all image tokens count
             mask = F.pad(mask, (tokens.shape[1], 0), value=True)                            # (B, 1, 1, N + L)
-        cos, sin = (torch.cat(pair, dim=1) for pair in zip(image_rope, caption_rope))
-        y = self._run("layers", torch.cat([tokens, caption], dim=1), (cos, sin), mask, time, adapter)
+        rope = torch.cat([image_rope, caption_rope], dim=1)
+        y = self._run("layers", torch.cat([tokens, caption], dim=1), rope, mask, time, adapter)
         y = self.all_final_layer[self.key](y[:, :height * width], time)                     # (B, h w, p q c)
         y = rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=self.patch_size, q=self.patch_size)
         return -y.float()                                                                   # the network says x0 - eps
 
-    def _run(self, group: str, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, time: Tensor | None,
+    def _run(self, group: str, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None,
              adapter: Adapter | None) -> Tensor:
         """All blocks of one group. The adapter's tensors are arguments, so a recomputation sees the same ones."""
         for i, block in enumerate(getattr(self, group)):
@@ -318,15 +328,13 @@ class ZImageTransformer(nn.Module):
         device = self.cap_pad_token.device
         rows = nn.utils.rnn.pad_sequence([c.to(device, dtype) for c in captions], batch_first=True)
         rows = F.pad(self.cap_embedder(rows), (0, 0, 0, longest - rows.shape[1]))
-        real = torch.tensor([len(c) for c in captions], device=device)[:, None] > torch.arange(longest, device=device)
-        return torch.where(real[..., None], rows, self.cap_pad_token)
+        return torch.where(first([len(c) for c in captions], longest, device)[..., None], rows, self.cap_pad_token)
 
     def _mask(self, lengths: list[int], device: torch.device) -> Tensor | None:
         """(B, 1, 1, L) bool, True = attend; None when all lengths agree, so that flash kernels apply."""
         if min(lengths) == max(lengths):
             return None
-        keep = torch.tensor(lengths, device=device)[:, None] > torch.arange(max(lengths), device=device)
-        return keep[:, None, None, :]
+        return first(lengths, max(lengths), device)[:, None, None, :]
 
     def _rope(self, lengths: list[int], height: int, width: int, device: torch.device):
         """Rotary tables of image and caption; leading size 1 when all captions have one length.
@@ -340,11 +348,11 @@ class ZImageTransformer(nn.Module):
         caption[..., 0] = torch.arange(1, max(lengths) + 1, device=device)
         patches = height * width
         image = torch.zeros(len(lengths), patches + -patches % SEQUENCE_MULTIPLE, 3, dtype=torch.long, device=device)
-        image[:, :patches, 0] = torch.tensor(lengths, device=device)[:, None] + 1
+        image[:, :patches, 0] = torch.tensor(lengths).to(device, non_blocking=True)[:, None] + 1
         image[:, :patches, 1] = torch.arange(height, device=device).repeat_interleave(width)
         image[:, :patches, 2] = torch.arange(width, device=device).repeat(height)
-        cos, sin = (table.expand(len(lengths), -1, -1, -1) for table in rope_table(caption, self.axes_dims, self.theta))
-        return rope_table(image, self.axes_dims, self.theta), (cos, sin)
+        tables = [rope_table(ids, self.axes_dims, self.theta) for ids in (image, caption)]
+        return tables[0], tables[1].expand(len(lengths), -1, -1, -1, -1)
 
     def _check(self, x: Tensor, captions: list[Tensor]) -> None:
         batch, channels, height, width = x.shape

@@ -90,14 +90,14 @@ def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shi
     """What the methods ask for, for batch `number` of a task: every velocity gets its weights and its context here."""
     batch = task.dataset.batch(number)
     rng = data.generator(cfg.seed, "noise", number, *([task.index] if task.index else []))
-    x0 = batch.latents.to(tuned.device)
+    x0 = batch.latents.to(tuned.device, non_blocking=True)
     c_s, c_t = ([context.to(tuned.device) for context in side]                          # Eq. 4
                 for side in (batch.student_context, batch.teacher_context))
     K, shift = cfg.rollout_steps, shift_of(cfg.rollout_steps, *x0.shape[2:])
     return {"student": tuned.student(c_s),                                              # theta, c_s
             "teacher": tuned.frozen(c_s, task.adapter) if task.adapter else tuned.teacher(c_t),    # theta_bar, c_t
             "base": tuned.frozen(c_s, None),
-            "x": torch.randn(x0.shape, generator=rng).to(tuned.device), "x0": x0,
+            "x": torch.randn(x0.shape, generator=rng).to(tuned.device, non_blocking=True), "x0": x0,
             "sigmas": sigma_grid(shift, K), "shift": shift, "weight": weight_of(cfg.loss),
             "learned": draw_states(K, cfg.grad_states or K, number, cfg.seed, task.index),
             "noise": cfg.noise, "beta": cfg.beta, "rng": rng}
@@ -114,15 +114,16 @@ def draw_states(K: int, n: int, number: int, seed: int, task: int = 0) -> list[i
     return [order[(j * n + i) % K] for i in range(n)]
 
 
-def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, float]:
-    """The gradient of one optimizer step, that of `objective`; returns the mean loss of each task."""
-    losses, weights = dict.fromkeys((task.name for task in tasks), 0.0), sum(task.weight for task in tasks)
+def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, Tensor]:
+    """The gradient of one optimizer step, that of `objective`; returns the mean loss of each task, on the device."""
+    losses = {task.name: torch.zeros((), device=run.tuned.device) for task in tasks}
+    weights = sum(task.weight for task in tasks)
     for task in tasks:                                                                  # a round of DiffusionOPD
         batches = cfg.accumulate * task.batches
         for number in range(run.step * batches, (run.step + 1) * batches):
             for loss in task.method(**bind(cfg, run.tuned, task, number, shift_of)):
                 (loss * task.weight / (batches * weights)).backward()                   # one graph alive at a time
-                losses[task.name] += loss.item() / batches
+                losses[task.name] += loss.detach() / batches
     return losses
 
 
@@ -131,14 +132,20 @@ def objective(tasks: list[Task], losses: dict[str, float]) -> float:
     return sum(task.weight * losses[task.name] for task in tasks) / sum(task.weight for task in tasks)
 
 
-def clip_and_check(run: Run, loss: float) -> float:
-    """Clip the gradient's norm to 1; returns what it was. A step that is not finite ends the run before it is made."""
-    norm = float(torch.nn.utils.clip_grad_norm_(run.tuned.parameters().values(), 1.0))
+def clip_and_check(run: Run, tasks: list[Task], losses: dict[str, Tensor]) -> tuple[float, dict[str, float], float]:
+    """Clip the gradient's norm to 1; returns `objective`, the losses, and what the norm was.
+
+    A step that is not finite ends the run before it is made.
+    """
+    length = torch.nn.utils.clip_grad_norm_(run.tuned.parameters().values(), 1.0)
+    norm, *found = torch.stack([length, *losses.values()]).tolist()     # the only time in a step to wait for the GPU
+    of_task = dict(zip(losses, found))
+    loss = objective(tasks, of_task)
     if not math.isfinite(loss) or not math.isfinite(norm):
         run.save()                                                      # nothing was updated: the last good state
         raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is "
                          f"in {run.out}; start anew with another --out and a smaller --lr or --dtype float32")
-    return norm
+    return loss, of_task, norm
 
 
 def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: Shift) -> int:
@@ -152,12 +159,10 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
             try:
-                losses = gradient_of_step(cfg, run, tasks, shift_of)
+                loss, losses, norm = clip_and_check(run, tasks, gradient_of_step(cfg, run, tasks, shift_of))
             except torch.OutOfMemoryError:
                 run.save()                                              # a resumed run may use --checkpointing
                 raise
-            loss = objective(tasks, losses)
-            norm = clip_and_check(run, loss)
             run.optimizer.step()
             run.tuned.ema_(m)                                           # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lora import Adapter, AdapterBlock, linear
-from model import UNSUPPORTED, Context, rope_table, rotate
+from model import UNSUPPORTED, Context, first, rope_table, rotate, sinusoids
 from networks.vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
 from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
@@ -48,9 +48,6 @@ GAP = 10             # on the first position axis, reference image j is at 10 + 
 
 def check_config(config: dict) -> None:
     """Refuse, with an InputError, configurations that are not FLUX.2-klein's kind of transformer."""
-    for key in KEYS:
-        if key not in config:
-            raise InputError(f"transformer config: the key {key!r} is missing; use that of a FLUX.2-klein checkpoint")
     sides, head = list(config["axes_dims_rope"]), config["attention_head_dim"]
     channels, out, waves = config["in_channels"], config.get("out_channels"), config["timestep_guidance_channels"]
     for wrong, what in (
@@ -110,7 +107,7 @@ def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q, k, v (B, S, heads, D), with q and k turned by their positions -> (B, S, heads * D)."""
     q, k = rotate(q, rope), rotate(k, rope)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -126,10 +123,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (b,) float32, already scaled -> (b, dim) in the weights' dtype."""
-        half = self.linear_1.in_features // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None] * frequencies                                               # (b, half), float32
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        waves = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
@@ -167,7 +161,7 @@ class DoubleBlock(nn.Module):
                                     for _ in range(2))
 
     def forward(self, text: Tensor, image: Tensor, of_text: tuple[Tensor, ...], of_image: tuple[Tensor, ...],
-                rope: tuple[Tensor, Tensor], mask: Tensor | None, adapter: AdapterBlock) -> tuple[Tensor, Tensor]:
+                rope: Tensor, mask: Tensor | None, adapter: AdapterBlock) -> tuple[Tensor, Tensor]:
         """text (B, L, dim), image (B, N, dim), mask (B, 1, 1, L + N) bool with True = attend, or None.
 
         of_text, of_image: shift, scale, gate of the attention, then of the feed-forward; (b, 1, dim), b = 1 or B.
@@ -198,7 +192,7 @@ class SingleBlock(nn.Module):
                                    "norm_q": nn.RMSNorm(dim // heads, eps=eps),
                                    "norm_k": nn.RMSNorm(dim // heads, eps=eps)})
 
-    def forward(self, x: Tensor, of_both: tuple[Tensor, ...], rope: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x: Tensor, of_both: tuple[Tensor, ...], rope: Tensor, mask: Tensor | None,
                 adapter: AdapterBlock) -> Tensor:
         """x (B, S, dim), mask (B, 1, 1, S) or None; of_both: shift, scale, gate."""
         y = linear(self.attn["to_qkv_mlp_proj"], modulated(x, self.eps, *of_both[:2]), adapter, "attn.to_qkv_mlp_proj")
@@ -258,7 +252,7 @@ class Flux2Transformer(nn.Module):
         dtype, length = self.proj_out.weight.dtype, max(len(c.text) for c in contexts)
         rope, mask = self._layout(x, contexts)
 
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)    # (1,) or (B,)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True).reshape(-1)  # (1 or B,)
         time = self.time_guidance_embed["timestep_embedder"](sigma * TIME_SCALE)            # (1 or B, dim)
         of_text, of_image = self.double_stream_modulation_txt(time), self.double_stream_modulation_img(time)
         of_both, (scale, shift) = self.single_stream_modulation(time), self.norm_out(time)  # scale first in norm_out
@@ -285,7 +279,7 @@ class Flux2Transformer(nn.Module):
         y = rearrange(y, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // SQUARE, p=SQUARE, q=SQUARE)
         return y.float()                                                                    # already eps - x0
 
-    def _layout(self, x: Tensor, context: list[Context]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def _layout(self, x: Tensor, context: list[Context]) -> tuple[Tensor, Tensor | None]:
         """Rotary tables and mask of [text, image, references], text and references padded to the longest of the batch.
 
         The mask is (B, 1, 1, S) bool, True = attend; None when nothing is padded, so that flash kernels apply.
@@ -301,8 +295,7 @@ class Flux2Transformer(nn.Module):
         lengths = [[len(c.text) for c in context], [len(image)] * len(x), [len(r) for r in references]]
         if all(min(part) == max(part) for part in lengths):
             return rope, None
-        keep = [torch.tensor(part, device=device)[:, None] > torch.arange(max(part), device=device) for part in lengths]
-        return rope, torch.cat(keep, dim=1)[:, None, None]
+        return rope, torch.cat([first(part, max(part), device) for part in lengths], dim=1)[:, None, None]
 
     def _check(self, x: Tensor, context: list[Context]) -> None:
         if len(context) != len(x):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 from data import Example, Row, nearest_shape
 from encoder import TEACHER_CONTEXTS, Encoder, contexts
+from model import Context
 from networks import vae as autoencoder
 from plumbing import encoder_files, files
 from plumbing.checkpoints import pixels_per_patch
@@ -87,11 +88,12 @@ class Features:
         self.panel = []
         for i, (prompt, index) in enumerate(prompts):
             example = None if index is None else self.examples[index]
-            x0, sources = example.latents() if example else (None, ())
-            student, teacher = contexts(texts[f"student.{i}"], texts.get(f"teacher.{i}"), sources, x0, self.kind)
+            text = texts[f"student.{i}"]
+            x0, cached, _ = example.read(0) if example else (None, Context(text), None)
+            student, teacher = contexts(text, texts.get(f"teacher.{i}"), cached.references, x0, self.kind)
             self.panel.append(PanelRow(
                 prompt, example.target() if example else None, student, teacher or student,
-                open_image(example.row.sources[0]) if example and sources else None))
+                open_image(example.row.sources[0]) if example and cached.references else None))
 
     def panel_rows(self) -> list[tuple[str, int | None]]:
         """(prompt, image that the teacher is shown): two training pairs and new prompts."""

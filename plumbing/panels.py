@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import lora
@@ -48,13 +47,12 @@ class Panels:
         by the titles of their columns; all of them optional."""
         free()
         device = next(self.model.parameters()).device
-        if free_gb(device) < 4 * math.prod(self.size) / 2 ** 20:        # what decoding takes (benchmarks/README.md)
-            device = torch.device("cpu")
-        vae = autoencoder.load(self.folder, device)                     # small, not needed between panels
+        fits = free_gb(device) > 4 * math.prod(self.size) / 2 ** 20     # what decoding takes (benchmarks/README.md)
+        vae = autoencoder.load(self.folder, device if fits else "cpu")  # small, not needed between panels
 
         def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
             latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
-            return [to_image(vae.decode(z[None].to(device))[0]) for z in latents]
+            return [to_image(vae.decode(z[None].to(next(vae.parameters()).device))[0]) for z in latents]
 
         steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
         texts = [row.student for row in self.rows]

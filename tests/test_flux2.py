@@ -350,8 +350,6 @@ def test_config_is_checked(folder, key, value):
         del config[key]
     path.write_text(json.dumps(config))
     fails(folder, key)
-    with pytest.raises(InputError, match=key):
-        flux2.Flux2Transformer(config)
 
 
 @pytest.mark.parametrize("x, context, message", [
