@@ -33,30 +33,25 @@ def weights_gb(network: Path, dtype: torch.dtype, quantize: str = FLOAT) -> floa
     return sum(size(*named) for named in tensors(network, only_shapes=True)) / 2 ** 30
 
 
-def step_gb(model: Transformer, rank: int, checkpointing: bool, student: int, teacher: int, dtype: torch.dtype
-            ) -> float:
-    """GB of a training step beside the weights of the model; student, teacher: numbers of tokens in their batches.
+def step_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
+    """GB of a training step beside the model's weights, by the options of train.py and for prompts of full length.
 
     theta, theta_bar, gradient and Adam's two moments are float32. Each block's input is kept, without checkpointing 23
-    tensors as large: 12, and 4 as wide as the feed-forward. The block at work has up to 30, gradients included.
+    tensors as large: 12, and 4 as wide as the feed-forward. The block at work has 28, gradients included, or, without
+    gradients, 20 of the teacher's, whose context is longer.
     """
-    shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
-    kept = student * len(model.blocks()) * (1 if checkpointing else 23) + 30 * max(student, teacher)
-    return (5 * 4 * rank * sum(map(sum, shapes)) + kept * shapes[0][1] * dtype.itemsize) / 2 ** 30
-
-
-def step_gb_of(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
-    """`step_gb` by the options of train.py, for prompts of the greatest length. Blocks that may be recomputed are."""
     image, context = (cfg.size // pixels_per_patch(folder)) ** 2, TEACHER_CONTEXTS[cfg.teacher_context]
-    shown = PICTURE * context.needs_vlm + image * context.adds_reference
-    student, teacher = (cfg.batch_size * (TEXT + image + more) for more in (0, shown))
-    return step_gb(model, cfg.rank, cfg.checkpointing is not False, student, teacher, dtype)
+    student, teacher = TEXT + image, TEXT + image + PICTURE * context.needs_vlm + image * context.adds_reference
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
+    adapters = 5 * 4 * cfg.rank * sum(map(sum, shapes))
+    kept = student * len(model.blocks()) * (23 if cfg.checkpointing is False else 1) + max(28 * student, 20 * teacher)
+    return (adapters + cfg.batch_size * kept * shapes[0][1] * dtype.itemsize) / 2 ** 30
 
 
 def training_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
     """GB of the larger phase, encoding or training. model: the transformer, for its shapes alone."""
     encoder, transformer = (weights_gb(folder / part, dtype, cfg.quantize) for part in ("text_encoder", "transformer"))
-    return max(1.15 * encoder, transformer + step_gb_of(cfg, folder, dtype, model))     # .15: vision tower, activations
+    return max(1.15 * encoder, transformer + step_gb(cfg, folder, dtype, model))     # .15: vision tower, activations
 
 
 def sampling_gb(cfg, folder: Path, dtype: torch.dtype) -> float:
@@ -105,7 +100,7 @@ def recomputes(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> boo
     if cfg.checkpointing is not None:
         return cfg.checkpointing
     device = next(model.parameters()).device
-    return step_gb_of(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model) > 0.9 * free_gb(device)
+    return step_gb(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model) > 0.9 * free_gb(device)
 
 
 def free() -> None:

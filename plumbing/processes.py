@@ -66,9 +66,13 @@ def work(jobs: list, workers: int, make: Callable) -> Iterator[tuple[Any, dict |
 def begin(make: Callable, numbers, over) -> None:
     """In a worker. Ctrl-C is the parent's to handle, and train.py's, which saves; without its parent a worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent and (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     here.update(laboratory=make(numbers.get()), over=over)
+
+
+def end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def messages_of(job) -> list[dict | str | None]:

@@ -118,7 +118,7 @@ def test_the_encoder_may_be_the_larger_phase(z_image, monkeypatch):
 
 def test_blocks_are_recomputed_only_where_a_step_does_not_fit(z_image, monkeypatch):
     """Unless the user says; with a tenth of what is free left over."""
-    step = {way: machine.step_gb_of(options(checkpointing=way), Path("Z"), torch.bfloat16, z_image)
+    step = {way: machine.step_gb(options(checkpointing=way), Path("Z"), torch.bfloat16, z_image)
             for way in (True, False, None)}
     assert step[True] == step[None] < 6 and step[False] > 20            # the estimate is of the least
     for free, needs in ((step[False] / 0.9 + 0.01, False), (step[False] / 0.9 - 0.01, True)):

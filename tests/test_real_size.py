@@ -1,6 +1,7 @@
 """The simulation of a step at real sizes against closed forms; the formula of `check_memory` against the simulation."""
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks import official, real_size
 from benchmarks.live import GIB, Grid, Live, fused_norms
-from benchmarks.real_size import BACKBONES, KLEIN_4B, PADDED, PICTURE, PROMPT, Z_CONFIG, Options, Program, simulate
+from benchmarks.real_size import BACKBONES, KLEIN_4B, PADDED, PROMPT, Z_CONFIG, Options, Program, simulate
 from plumbing import machine
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -49,8 +50,11 @@ def test_attention_counts_and_is_not_kept_as_a_square():
     ("klein-4b", {"num_layers": 1, "num_single_layers": 3}, {"size": 512, "checkpointing": False}),
     ("klein-4b", {"num_layers": 1, "num_single_layers": 1}, {"size": 768, "rank": 16, "quantize": "int8"}),
 ])
-def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers, options):
+def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers, options, monkeypatch):
     """At the true width, with few blocks, where what it does not know weighs most: weights + `step_gb`, within 10 %."""
+    text, context = (PROMPT, "vlm") if backbone == "zimage" else (PADDED, "reference")
+    monkeypatch.setattr(machine, "TEXT", text)                          # of the simulation's prompt
+    monkeypatch.setattr(machine, "pixels_per_patch", lambda folder: 16)
     cfg = dataclasses.replace(Options(backbone=backbone, checkpointing=True, grad_states=1), **options)
     config = BACKBONES[backbone][1] | layers
     with FakeTensorMode(allow_non_fake_inputs=True), fused_norms(), Live() as live:
@@ -59,11 +63,8 @@ def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers,
         program.gradient(Grid([1.0, 0.9, 0.75, 0.5, 0.0]), [0])
         program.update()
         weights = sum(p.untyped_storage().nbytes() for p in program.model.parameters())
-        image = (cfg.size // 16) ** 2
-        student = image + (PROMPT if backbone == "zimage" else PADDED)
-        teacher = student + (PICTURE if backbone == "zimage" else image)
-        said = weights / GIB + machine.step_gb(program.model, cfg.rank, cfg.checkpointing, cfg.batch_size * student,
-                                               cfg.batch_size * teacher, BF16)
+        said = weights / GIB + machine.step_gb(SimpleNamespace(**vars(cfg), teacher_context=context), None, BF16,
+                                               program.model)
     print(backbone, options, f"simulated {live.peak / GIB:.2f}, formula {said:.2f}, of it weights {weights / GIB:.2f}")
     assert 0.9 < said / (live.peak / GIB) < 1.1
 
