@@ -250,6 +250,8 @@ class Dataset:
     """Batches by step number. Features are read from the cache when needed: memory does not grow with the data."""
 
     def __init__(self, examples: list[Example], batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"--batch-size {batch_size}: a batch holds at least one image; give 1 or more")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.buckets = Counter(example.bucket for example in examples)  # -> number of images
         self.batches_per_epoch = sum(math.ceil(count / batch_size) for count in self.buckets.values())

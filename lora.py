@@ -73,9 +73,8 @@ def linear(layer: nn.Module, x: Tensor, adapter: AdapterBlock, name: str) -> Ten
     if adapter is None or name not in adapter:
         return y
     A, B, scale = adapter[name]
-    inner = F.linear(x, A.to(x.dtype)).flatten(0, -2)
-    y.flatten(0, -2).addmm_(inner, B.to(x.dtype).t(), alpha=scale)      # into y, which nobody else holds: no third
-    return y                                                            # tensor of its size, one rounding less
+    inner = F.linear(x, A.to(x.dtype)).flatten(0, -2)                   # (all but the last, rank)
+    return torch.addmm(y.flatten(0, -2), inner, B.to(x.dtype).t(), alpha=scale).view_as(y)
 
 
 def create(model: Transformer, rank: int, alpha: float, seed: int, names: list[str] | None = None) -> Adapter:

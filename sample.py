@@ -76,11 +76,8 @@ def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Ten
          adapter: lora.Adapter | None = None) -> Tensor:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
-    latents = []
-    for one in contexts:
-        context = [one.to(device)]
-        latents.append(sample(lora.velocity_of(model, context, adapter), noise.to(device), sigmas))
-    return torch.cat(latents)
+    return torch.cat([sample(lora.velocity_of(model, [context.to(device)], adapter), noise.to(device), sigmas)
+                      for context in contexts])
 
 
 # ------------------------------------------------------------------------------------------------------- program

@@ -34,8 +34,7 @@ def attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tens
 # torch's formulas; a multiplication and an addition are two FLOP. (Its FlopCounterMode would not do here: its hooks on
 # modules keep what a checkpointed block recomputes alive until the backward pass is over.)
 FLOP = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: attention,
-                        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-                        aten.addmm_: flop_registry[aten.addmm]}
+                        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
 
 
 class Live(TorchDispatchMode):
