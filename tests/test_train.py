@@ -20,12 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model import their_velocity
 from test_sample import pixels
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import data
 import lora
 import model as zimage
 import sample
 import train
+from benchmarks.live import Grid
+from loss import weight_of
 from networks import vae
 from plumbing import encoder_files, lora_files, recipes
 from plumbing.backbone import Backbone
@@ -359,6 +363,25 @@ def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
 
     ratio = peak(4) / peak(1)
     assert 3.8 < ratio < 4.2 if at_once else 0.95 < ratio < 1.05
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("method", ["dopsd", "off-policy"])
+def test_the_gradient_does_not_wait_for_the_gpu(monkeypatch, method):
+    """Fake tensors have no numbers: whoever asks for one, which on a GPU means to wait, fails."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tuned = lora.Tuned(random_transformer().requires_grad_(False), rank=2, alpha=2, seed=0)
+        context = [zimage.Context(torch.randn(length, 128)) for length in (8, 40)]
+        given = dict(student=tuned.student(context), teacher=tuned.teacher(context), x=torch.randn(2, 8, 8, 8),
+                     sigmas=Grid([1.0, 0.9, 0.75, 0.5, 0.0]), weight=weight_of("x0"), learned=[0, 2], noise=0.0,
+                     rng=None)
+        monkeypatch.setattr(train, "bind", lambda *_: given)
+        tasks = [train.Task(name, None, None, method=train.METHODS[method]) for name in "ab"]
+        run = SimpleNamespace(step=0, tuned=tuned)
+        losses = train.gradient_of_step(SimpleNamespace(accumulate=2), run, tasks, None)
+        assert all(tensor.grad is not None for tensor in tuned.theta.parameters())
+        with pytest.raises(DataDependentOutputException):
+            losses["a"].item()
 
 
 def test_models_are_freed_before_the_transformer_comes(run, tmp_path, monkeypatch):
