@@ -21,7 +21,7 @@ from experiments.report import DRAWN
 from experiments.results import Results, line_of
 from plumbing import files, lora_files
 from plumbing.files import ROOT, InputError
-from plumbing.processes import work
+from tiny.processes import work
 from plumbing.run_folder import STATE
 from plumbing.train_options import NONE
 from tiny.score import Judge

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import processes
+from tiny import processes
 from tiny.comparison import bootstrap, mean_and_spread, paired, sign_flip
 from experiments.protocol import Job, Training
 from plumbing.files import ROOT, InputError
