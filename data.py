@@ -28,6 +28,7 @@ from plumbing.pictures import Shape, crop, open_image
 NO_IMAGE = (1, 1)  # the size of rows without an image: a square
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KINDS = "png, jpg, jpeg, webp, bmp"
+OFFICIAL_PATHS = ("local_path_list", "local_paths", "image_path_list", "image_paths", "image_path", "path")
 OFFICIAL_CAPTIONS = tuple(f"{kind}_{language}" for kind in ("short", "medium", "detailed", "user_prompt")
                           for language in ("en", "zh"))
 
@@ -111,12 +112,13 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
             raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from None
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object {{...}}, found {type(entry).__name__}; correct this line")
-        if captions_suffice and "local_path_list" not in entry:
+        is_official = "file_name" not in entry and any(key in entry for key in OFFICIAL_PATHS)
+        if captions_suffice and not is_official:
             entry = {"file_name": "", **entry}
-        name, captions = (read_official if "local_path_list" in entry else read_imagefolder)(entry, where)
+        name, captions, beside = (read_official if is_official else read_imagefolder)(entry, where)
         if not name and not captions_suffice:
             raise InputError(f"{where}: file_name is empty; write the image's path there")
-        image, sources = path.parent / name if name else None, [path.parent / s for s in read_sources(entry, where)]
+        image, sources = find(name, path, is_official) if name else None, [find(n, path, is_official) for n in beside]
         for file in sources + ([image] if image else []):
             if not file.is_file():
                 raise InputError(f"{where}: {file}: no such file; correct the path or add the image")
@@ -132,8 +134,14 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
     return rows
 
 
-def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
-    """(image, captions) of a Hugging Face imagefolder line: file_name, and text (a string or a list of strings)."""
+def find(name: str, path: Path, is_official: bool) -> Path:
+    """A picture named in the file at `path`: beside that, or, in a release, below the project folder above it."""
+    folders = (path.parent, *path.resolve().parent.parents) if is_official else (path.parent,)
+    return next((folder / name for folder in folders if (folder / name).is_file()), path.parent / name)
+
+
+def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:
+    """(image, captions, sources) of a Hugging Face imagefolder line: file_name, and text (a string or several)."""
     for field in ("file_name", "text"):
         if field not in entry:
             raise InputError(f"{where}: the field {field!r} is missing; write file_name and text into each line")
@@ -142,7 +150,7 @@ def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
         raise InputError(f"{where}: file_name must be a string, text a string or a list of strings; correct this line")
     if not texts or not all(text.strip() for text in texts):
         raise InputError(f"{where}: 'text' holds an empty caption; write what the image shows")
-    return entry["file_name"], tuple(text.strip() for text in texts)
+    return entry["file_name"], tuple(text.strip() for text in texts), read_sources(entry, where)
 
 
 def read_sources(entry: dict, where: str) -> list[str]:
@@ -154,17 +162,21 @@ def read_sources(entry: dict, where: str) -> list[str]:
     return sources
 
 
-def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...]]:
-    """(image, captions) of an official line: first of local_path_list, every non-empty caption (h*w is not used)."""
-    paths = entry["local_path_list"]
-    if not isinstance(paths, list) or not paths or not isinstance(paths[0], str):
-        raise InputError(f"{where}: 'local_path_list' must be a list that starts with a path; correct this line")
+def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:
+    """(image, captions, sources) of an official line: the last path is the target, those before it are references.
+
+    All captions that are not empty; h*w is not used.
+    """
+    key = next(key for key in OFFICIAL_PATHS if key in entry)
+    paths = [entry[key]] if isinstance(entry[key], str) else entry[key]
+    if not isinstance(paths, list) or not paths or not all(isinstance(name, str) and name for name in paths):
+        raise InputError(f"{where}: {key!r} must be a path or a list of paths; correct this line")
     texts = [entry.get(field) or "" for field in OFFICIAL_CAPTIONS]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where}: captions must be strings; correct this line")
     if not any(text.strip() for text in texts):
         raise InputError(f"{where}: no caption; fill in at least one of {', '.join(OFFICIAL_CAPTIONS)}")
-    return paths[0], tuple(text.strip() for text in texts if text.strip())
+    return paths[-1], tuple(text.strip() for text in texts if text.strip()), paths[:-1]
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from test_features import FakeEncoder, Loader, picture, sidecars, table
 
-from data import Dataset, Row, bucket_shapes, generator, nearest_shape, read_folder
+from data import OFFICIAL_PATHS, Dataset, Row, bucket_shapes, generator, nearest_shape, read_folder
 from plumbing.files import InputError
 
 pytestmark = pytest.mark.quick
@@ -53,13 +53,37 @@ def test_official_layout(tmp_path):
     images.mkdir()
     picture(images / "a.png"), picture(images / "b.png")
     table(tmp_path / "train.jsonl",
-          {"local_path_list": ["images/a.png", "unused.png"], "h*w": "1024*1024", "short_en": "a dog", "medium_en": "",
+          {"local_path_list": ["images/a.png"], "h*w": "1024*1024", "short_en": "a dog", "medium_en": "",
            "detailed_en": "a small dog", "user_prompt_en": None, "user_prompt_zh": "狗"},
           {"local_path_list": [str(images / "b.png")], "short_zh": "猫"})
     rows = read_folder(tmp_path)
     assert [row.image for row in rows] == [images / "a.png", images / "b.png"]
     assert [row.captions for row in rows] == [("a dog", "a small dog", "狗"), ("猫",)]
     assert read_folder(tmp_path / "train.jsonl") == rows
+
+
+@pytest.mark.parametrize("key", OFFICIAL_PATHS)
+def test_released_layout(tmp_path, monkeypatch, key):
+    """PROJECT/dataset/NAME/data.jsonl, paths from PROJECT; for editing the references come first, the target last."""
+    folder = tmp_path / "project" / "dataset" / "cat"
+    (folder / "images").mkdir(parents=True)
+    a, b, c = (picture(folder / "images" / f"{name}.png") for name in "abc")
+    monkeypatch.chdir(tmp_path)
+    first, last = "dataset/cat/images/a.png", "dataset/cat/images/c.png"
+    for names, image, sources in (([first], a, ()), (first, a, ()), ([first, "images/b.png", last], c, (a, b))):
+        table(folder / "data.jsonl", {key: names, "h*w": ["8*8"], "short_en": "a cat", "class_name": "cat"})
+        for path in (folder, folder / "data.jsonl", "project/dataset/cat"):
+            row, = read_folder(path)
+            assert (row.image.resolve(), row.captions) == (image, ("a cat",))
+            assert tuple(source.resolve() for source in row.sources) == sources
+
+
+def test_a_line_with_file_name_is_no_official_one(tmp_path):
+    """Whatever else it has."""
+    picture(tmp_path / "a.png")
+    table(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "one", "path": "/elsewhere/b.png"})
+    row, = read_folder(tmp_path)
+    assert (row.image, row.captions, row.sources) == (tmp_path / "a.png", ("one",), ())
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -117,8 +141,9 @@ def test_broken_images(tmp_path, suffix):
     ({"file_name": "a.png", "text": []}, r"'text' holds an empty caption; write what the image shows"),
     ({"file_name": "a.png", "text": ["x", ""]}, r"'text' holds an empty caption; write what the image shows"),
     ({"file_name": "z.png", "text": "x"}, r".*/z.png: no such file; correct the path or add the image"),
-    ({"local_path_list": [], "short_en": "x"}, r"'local_path_list' must be a list that starts with a path; .*"),
-    ({"local_path_list": "a.png", "short_en": "x"}, r"'local_path_list' must be a list that starts with a path; .*"),
+    ({"local_path_list": [], "short_en": "x"}, r"'local_path_list' must be a path or a list of paths; .*"),
+    ({"image_path_list": ["a.png", 3], "short_en": "x"}, r"'image_path_list' must be a path or a list of paths; .*"),
+    ({"path": {"a": 1}, "short_en": "x"}, r"'path' must be a path or a list of paths; .*"),
     ({"local_path_list": ["z.png"], "short_en": "x"}, r".*/z.png: no such file; correct the path or add the image"),
     ({"local_path_list": ["a.png"], "short_en": " "}, r"no caption; fill in at least one of short_en, .*_zh"),
     ({"local_path_list": ["a.png"], "short_en": ["x"]}, r"captions must be strings; correct this line"),
