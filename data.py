@@ -11,8 +11,10 @@ Differs from the paper / official code:
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +55,14 @@ def generator(seed: int, *where: int | str) -> torch.Generator:
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-def read_folder(data: Path | str, captions_suffice: bool = False) -> list[Row]:
+def read_folder(data: Path | str, captions_suffice: bool = False, caption: str = "") -> list[Row]:
     """The rows of `--data`, every image opened and decoded once. Raises InputError; nothing is skipped silently.
 
     data: a folder with (a) images and same-stem .txt captions, or (b) a metadata.jsonl with file_name and text, or (c)
     a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched.
     A line of a .jsonl may have `source`, one path or several: images that the caption says how to change.
-    captions_suffice: .txt files without images and lines without file_name are rows, too.
+    captions_suffice: .txt files without images and lines without file_name are rows, too. caption: of images in (a)
+    without one of their own.
     """
     data = Path(data).expanduser()
     if data.is_file() and data.suffix.lower() == ".jsonl":
@@ -71,13 +74,34 @@ def read_folder(data: Path | str, captions_suffice: bool = False) -> list[Row]:
     if len(tables) > 1:
         raise InputError(f"{data}: several .jsonl files ({', '.join(path.name for path in tables)}); "
                          "give --data the path of the one to use")
-    return read_jsonl(tables[0], captions_suffice) if tables else read_sidecars(data, files, captions_suffice)
+    rows = read_jsonl(tables[0], captions_suffice) if tables else \
+        read_sidecars(data, files, captions_suffice, caption)
+    pictures = [path for row in rows for path in (row.image, *row.sources) if path]
+    say_unused(data, [*pictures, *(tables or (path for path in files if path.suffix.lower() == ".txt"))])
+    return rows
 
 
-def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = False) -> list[Row]:
-    """Layout (a): a.jpg with its caption in a.txt. Raises InputError."""
+def say_unused(folder: Path, used: list[Path]) -> None:
+    """One line on stderr for the files of a folder that are not read."""
+    known = {path.resolve() for path in used}
+    left = [path for path in sorted(folder.iterdir())
+            if path.resolve() not in known and not path.is_dir() and not path.name.startswith(".")]
+    kinds = Counter((path.suffix.lower() or "without a suffix") if path.exists() else "broken link" for path in left)
+    if left:
+        print(f"note: {folder}: not used: {', '.join(f'{count} {kind}' for kind, count in kinds.items())} (first "
+              f"{left[0].name}); pictures are read as {KINDS}", file=sys.stderr)
+
+
+def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = False, caption: str = "") -> list[Row]:
+    """Layout (a): a.jpg with its caption in a.txt, or `caption` for all without one. Raises InputError."""
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    captions = {path.stem: path for path in texts}
+    for alike in (images, texts):
+        for one, other in pairwise(sorted(alike, key=lambda path: path.stem)):
+            if one.stem == other.stem:
+                raise InputError(f"{other}: {one.name} has the same name, so their captions cannot be told apart; "
+                                 "rename one of them")
     if not images and not captions:
         raise InputError(f"{folder}: no images here (subfolders are not searched); "
                          f"add {KINDS} files with same-stem .txt captions, or a metadata.jsonl")
@@ -85,17 +109,18 @@ def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = Fals
     for stem, path in captions.items():
         if stem not in stems and not captions_suffice:
             raise InputError(f"{path}: a caption without an image; add {stem}.png ({KINDS}) or remove the caption")
-    for path in images:
-        if path.stem not in captions:
-            raise InputError(f"{path}: an image without a caption; write one into {path.stem}.txt beside it")
-    pairs: list[tuple[Path | None, Path]] = [(path, captions[path.stem]) for path in images]
+    bare = [path for path in images if path.stem not in captions]
+    if bare and not caption:
+        raise InputError(f"{bare[0]}: an image without a caption, {len(bare)} of {len(images)} have none; write one "
+                         f"into {bare[0].stem}.txt beside it, or give --caption TEXT for all of them")
+    pairs: list[tuple[Path | None, Path | None]] = [(path, captions.get(path.stem)) for path in images]
     pairs += [(None, path) for stem, path in captions.items() if stem not in stems]
     rows = []
-    for image, path in pairs:
-        caption = read_text(path).strip()
-        if not caption:
-            raise InputError(f"{path}: the caption is empty; write what the image shows")
-        rows.append(Row(image, (caption,), open_image(image).size if image else NO_IMAGE))
+    for image, file in pairs:
+        text = read_text(file).strip() if file else caption
+        if not text:
+            raise InputError(f"{file}: the caption is empty; write what the image shows")
+        rows.append(Row(image, (text,), open_image(image).size if image else NO_IMAGE))
     return rows
 
 

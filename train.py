@@ -47,7 +47,7 @@ from plumbing.panels import Panels, Shift
 from plumbing.program import Interrupt
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
-from plumbing.run_folder import Run, open_run, out_folder, print_summary
+from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary
 from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
                                     shows_target, sources_of, what_is_kept)
 from rollout import Velocity, rollout, sigma_grid
@@ -191,8 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg, recipe, folder, rows = read(argv)
     features = check(cfg, recipe, folder, rows)
     encode(features)
-    run, tasks, panels = load(cfg, recipe, folder, features)
-    return train(cfg, run, tasks, panels, shift_rule(folder))
+    with alone(out_folder(cfg)):
+        run, tasks, panels = load(cfg, recipe, folder, features)
+        return train(cfg, run, tasks, panels, shift_rule(folder))
 
 
 def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.Row]]]:
@@ -200,7 +201,7 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg, METHODS[cfg.method])
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    rows = [read_source(source) for source in sources_of(cfg)]
+    rows = [read_source(source, cfg.caption) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
     recipe = what_is_kept(cfg, recipe_of(folder), edits=any(row.sources for part in rows for row in part))
     filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
@@ -239,6 +240,7 @@ def encode(features: list[Features]) -> None:
 
 def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
     """The transformer with student and teacher, from the state that --resume continues."""
+    open_run(cfg, out_folder(cfg), fingerprint_of(features))            # nobody has been here meanwhile
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     model = backbone_of(folder).load(folder, device, dtype, compile=cfg.compile, quantize=cfg.quantize)
     model.checkpointing = cfg.checkpointing = recomputes(cfg, folder, dtype, model)     # and config.json says so

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (folder / "teacher.safetensors").is_file():
         raise InputError(f"--run {folder}: has no teacher.safetensors, so no teacher that is shown the target; give a "
                          "run of --method dopsd")
-    rows = data.read_folder(options["data"][0])
+    rows = data.read_folder(options["data"][0], caption=options.get("caption", ""))
     if not 1 <= cfg.image <= len(rows):
         raise InputError(f"--image {cfg.image}: {options['data'][0]} has {len(rows)}; give 1 to {len(rows)}")
     row, model = rows[cfg.image - 1], model_folder(options["model"])

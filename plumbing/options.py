@@ -63,7 +63,7 @@ def _default_of(field: dataclasses.Field, required: bool, kind: type) -> str:
         return " (required)"
     if field.default is None and "(default" not in field.metadata["help"]:
         return " (default: the recipe's)" if field.name in Recipe.__dataclass_fields__ else ""
-    return "" if field.default in (MISSING, None) or kind is bool else f" (default: {field.default})"
+    return "" if field.default in (MISSING, None, "") or kind is bool else f" (default: {field.default})"
 
 
 def _plain_type(annotation):

@@ -2,11 +2,19 @@
 import dataclasses
 import importlib.metadata
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:             # Windows
+    fcntl = None                # type: ignore[assignment]
+
 from lora import Tuned
+from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
                             read_json, write_json, write_tensors)
 from plumbing.machine import peak_memory_gb, training_gb
@@ -18,6 +26,8 @@ from plumbing.train_options import UNTUNED, names_of
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
         "device")
 STATE = "state.safetensors"
+TRAINED = (STATE, "student.safetensors", "teacher.safetensors")
+COVERED = ("data", "keep", "caption")       # by the fingerprint of the data: it may have moved
 
 
 def out_folder(cfg) -> Path:
@@ -27,9 +37,10 @@ def out_folder(cfg) -> Path:
 
 def open_run(cfg, out: Path, fingerprint: str) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
-    state = out / STATE
+    if out.resolve() in [Path(path).resolve() for path in cfg.data]:
+        raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
     if cfg.resume:
-        if not state.is_file():
+        if not (out / STATE).is_file():
             raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
         if not (out / "config.json").is_file():
             raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
@@ -37,18 +48,44 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
         config = read_json(out / "config.json", "options")
         before = in_todays_words(config["options"])
         for name, value in dataclasses.asdict(cfg).items():
-            if name not in FREE and before.get(name, value) != value:
+            if name not in FREE + COVERED and plain(before.get(name, value)) != plain(value):
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
         if config.get("data") != fingerprint:
             raise InputError(f"--resume: the images or captions in {', '.join(cfg.data)} are not those that this run "
                              "began with; restore them, or start a new run with another --out")
         return
-    if state.exists():
-        raise InputError(f"--out {out}: holds another run; continue it with --resume, or choose another --out")
+    if found := [name for name in TRAINED if (out / name).exists()]:
+        raise InputError(f"--out {out}: holds another run ({found[0]}); continue it with --resume, or choose another "
+                         "--out")
     if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
     check_writable(out, f"--out {out}")
+
+
+def plain(value):
+    """An option's value with every path in one spelling."""
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if value == "embedded":
+        return str(EMBEDDED.resolve())
+    return str(Path(value).resolve()) if isinstance(value, str) and "/" in value and Path(value).exists() else value
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system lets go of it however this one ends. Raises InputError."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {out}: another process trains there; wait until it ends, or choose another "
+                             "--out") from None
+        except OSError:                                                 # a file system without locks
+            pass
+        yield
 
 
 def in_todays_words(options: dict) -> dict:
@@ -84,6 +121,10 @@ class Run:
         with open_safetensors(self.out / STATE) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
             self.step = int((file.metadata() or {}).get("step", 0))
+        if self.step > self.cfg.steps:
+            raise InputError(f"--steps {self.cfg.steps}: the run in {self.out} has done {self.step}; give more")
+        if self.step == self.cfg.steps:
+            print(f"note: the run in {self.out} has done its {self.step} steps; a larger --steps goes on")
         self.tuned.load_state(state)
         for name, parameter in self.tuned.parameters().items():
             prefix = f"adam.{name}."

@@ -29,6 +29,7 @@ class Options:
     """None means: the value of the checkpoint's recipe, until `fill` puts it there (plumbing/recipes.py)."""
     data: list[str] = option(dataclasses.MISSING, "folder with images and captions, or a .jsonl file (see README); "
                              "several are learned in turns", DATA, nargs="+")
+    caption: str = option("", "caption of images without one of their own", DATA)
     model: str = option("embedded", "checkpoint to tune: a folder in diffusers layout, a hub id, or embedded, which is "
                         "tiny/model", DATA)
     vlm: str | None = option(None, "Qwen3-VL that shows the target to the teacher, folder or hub id", DATA)
@@ -168,10 +169,11 @@ def shows_target(cfg: Options, method: Method) -> bool:
     return method.has_teacher and (not cfg.teacher_lora or TARGET in cfg.teacher_lora)
 
 
-def read_source(source: Source) -> list[Row]:
-    """Its rows; captions suffice where the teacher is not shown the target. Raises InputError."""
+def read_source(source: Source, caption: str = "") -> list[Row]:
+    """Its rows; captions suffice where the teacher is not shown the target. caption: of images without one of their
+    own. Raises InputError."""
     if not source.is_kept:
-        return read_folder(source.path, captions_suffice=source.teacher != TARGET)
+        return read_folder(source.path, source.teacher != TARGET, caption)
     try:
         rows = read_folder(source.path, captions_suffice=True)
     except InputError as error:

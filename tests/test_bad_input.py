@@ -335,13 +335,12 @@ def test_earlier_spellings_still_work(place):
 CHANGES = {"--lr": 0.5, "--rank": 7, "--alpha": 9, "--seed": 3, "--loss": "v", "--method": "sft", "--ema": 0.5,
            "--size": 40, "--batch-size": 3, "--accumulate": 2, "--rollout-steps": 3, "--teacher-rope": "text",
            "--teacher-weights": "frozen", "--beta": 5.0, "--grad-states": 1, "--dtype": "bfloat16",
-           "--data": "ROOT/other_data", "--model": "ROOT/other_model"}
+           "--model": "ROOT/other_model"}
 
 
 def test_existing_runs_are_neither_overwritten_nor_continued_differently(place):
     words = train_words(place)
     assert train.main(words) == 0
-    shutil.copytree(place.data, place.root / "other_data")
     shutil.copytree(place.model, place.root / "other_model")
     refused(place, train.main, words, ("--out", "ROOT/run", "another run", "--resume"))
     for flag, value in CHANGES.items():

@@ -99,10 +99,44 @@ def test_missing_and_empty_folders(tmp_path):
     fails(tmp_path, r"PATH: several .jsonl files \(x.jsonl, y.jsonl\); give --data the path of the one to use")
 
 
+def test_a_caption_for_images_without_one(tmp_path):
+    folder = sidecars(tmp_path)
+    (folder / "b.txt").unlink(), (folder / "d.txt").unlink()
+    before = read_folder(sidecars(tmp_path / "whole"))
+    rows = read_folder(folder, caption="a [V] cat")
+    assert [row.captions for row in rows] == [before[0].captions, ("a [V] cat",), before[2].captions, ("a [V] cat",)]
+    assert [row.image.name for row in rows] == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_names_that_two_files_share(tmp_path):
+    """One caption for two images, or two for one: nobody knows which is meant."""
+    for one, other in (("b.png", "b.jpg"), ("b.txt", "b.TXT")):
+        folder = sidecars(tmp_path / other)
+        (folder / other).write_bytes((folder / one).read_bytes())
+        fails(folder, r"PATH/b.\w+: b.\w+ has the same name, so their captions cannot be told apart; rename one .*")
+
+
+def test_files_that_are_not_used_are_said(tmp_path, capsys):
+    folder = sidecars(tmp_path / "photos")
+    (folder / "sub").mkdir(), (folder / ".hidden").touch()
+    assert len(read_folder(folder)) == 4 and capsys.readouterr().err == ""
+    for name in ("x.heic", "y.HEIC", "z.gif", "readme"):
+        (folder / name).touch()
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    assert len(read_folder(folder)) == 4
+    assert capsys.readouterr().err == (f"note: {folder}: not used: 1 broken link, 1 without a suffix, 2 .heic, 1 .gif "
+                                       "(first gone.png); pictures are read as png, jpg, jpeg, webp, bmp\n")
+    lines = [{"file_name": f"{name}.png", "text": "x"} for name in "abc"]
+    folder = sidecars(tmp_path / "table")
+    table(folder / "some.jsonl", *lines)
+    assert len(read_folder(folder)) == 3 and "not used: 4 .txt, 1 .png (first a.txt)" in capsys.readouterr().err
+
+
 def test_incomplete_pairs(tmp_path):
     folder = sidecars(tmp_path / "one")
     (folder / "b.txt").unlink()
-    fails(folder, r"PATH/b.png: an image without a caption; write one into b.txt beside it")
+    fails(folder, r"PATH/b.png: an image without a caption, 1 of 4 have none; write one into b.txt beside "
+                  r"it, or give --caption TEXT for all of them")
     folder = sidecars(tmp_path / "two")
     (folder / "c.png").unlink()
     fails(folder, r"PATH/c.txt: a caption without an image; add c.png \(png, .*\) or remove the caption")

@@ -1,10 +1,13 @@
 """train.py stopped in every way: killed, Ctrl-C, full disk, non-finite numbers; and continued bit for bit."""
+import contextlib
 import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import lora
 import train
 from plumbing import files, run_folder
 from plumbing.backbone import Backbone
-from plumbing.files import InputError
+from plumbing.files import ROOT, InputError
 from plumbing.program import run as run_program
 
 STATE = "state.safetensors"
@@ -51,7 +54,7 @@ def test_names_of_runs(tmp_path, monkeypatch):
 @pytest.mark.quick
 def test_a_saved_run_is_loaded_with_its_optimizer(tmp_path):
     """Ten steps at once equal four, a new object from the file, and six more; without Adam's moments they do not."""
-    cfg = train.Options(data=["a"], lr=1e-2)
+    cfg = train.Options(data=["a"], lr=1e-2, steps=10)
 
     def begin() -> run_folder.Run:
         return run_folder.Run(cfg, tmp_path, lora.Tuned(random_transformer(), 2, 2, seed=0), with_teacher=True)
@@ -382,3 +385,78 @@ def test_a_broken_panel_file_is_encoded_again(run, tmp_path):
     run("second", "--steps", 1, "--cache", cache)
     again = load_file(panel)
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+# ------------------------------------------------------------------------------------------------ one folder, one run
+@pytest.mark.parametrize("name", FILES)
+def test_trained_weights_are_never_overwritten(run, tmp_path, name):
+    """Also where the state is gone."""
+    out = run("first", "--steps", 1)
+    for other in FILES:
+        if other != name:
+            (out / other).unlink()
+    before = (out / name).read_bytes()
+    with pytest.raises(InputError, match=rf"^--out .*first: holds another run \({name}\); continue it with --resume"):
+        run("first", "--steps", 1)
+    assert (out / name).read_bytes() == before
+
+
+def test_the_folder_of_the_data_is_no_folder_for_a_run(run, tmp_path, photos):
+    content = sorted(photos.iterdir())
+    with pytest.raises(InputError, match="^--out .*: this is the folder of --data; choose another --out$"):
+        run("x", "--out", photos / ".." / photos.name)
+    assert sorted(photos.iterdir()) == content
+
+
+def test_one_process_at_a_time(run, tmp_path):
+    """A second start and a second resume are refused while one runs, and go on after it, even if it was killed."""
+    out = run("shared", "--steps", 1)
+    program = ("import sys, time; from pathlib import Path; from plumbing.run_folder import alone\n"
+               "with alone(Path(sys.argv[1])):\n    print('there', flush=True); time.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"there\n"
+        before = (out / "config.json").read_bytes()
+        with pytest.raises(InputError, match="^--out .*shared: another process trains there; wait until it ends"):
+            run("shared", "--steps", 2, "--resume")
+        assert (out / "config.json").read_bytes() == before
+        other.kill()
+    run("shared", "--steps", 2, "--resume")
+    assert saved_step(out) == 2
+
+
+def test_two_starts_of_one_run(run, tmp_path, monkeypatch):
+    """Who was still encoding while another began and ended does not write over it."""
+    load = train.load
+
+    def late(*parts):
+        monkeypatch.setattr(train, "load", load)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "alone", contextlib.nullcontext)
+            run("twice", "--steps", 1)
+        return load(*parts)
+    monkeypatch.setattr(train, "load", late)
+    with pytest.raises(InputError, match="holds another run"):
+        run("twice", "--steps", 2)
+    assert saved_step(tmp_path / "twice") == 1
+
+
+def test_a_run_that_is_done(run, tmp_path, capsys):
+    """Fewer steps are refused before config.json is written; the same number says how to go on."""
+    out = run("done", "--steps", 3)
+    before = (out / "config.json").read_bytes()
+    with pytest.raises(InputError, match="^--steps 2: the run in .*done has done 3; give more$"):
+        run("done", "--steps", 2, "--resume")
+    assert (out / "config.json").read_bytes() == before
+    capsys.readouterr()
+    run("done", "--steps", 3, "--resume")
+    assert "has done its 3 steps; a larger --steps goes on" in capsys.readouterr().out
+
+
+def test_other_spellings_of_the_same_paths(run, tmp_path, photos, checkpoint, monkeypatch):
+    """A slash more, a relative path, data that has moved: the same run."""
+    run("spelled", "--steps", 1)
+    monkeypatch.chdir(checkpoint.parent)
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    run("spelled", "--steps", 2, "--resume", "--data", f"{moved}/", "--model", f"./{checkpoint.name}/")
+    assert saved_step(tmp_path / "spelled") == 2
