@@ -76,8 +76,12 @@ def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Ten
          adapter: lora.Adapter | None = None) -> Tensor:
     """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
     device = next(model.parameters()).device
-    return torch.cat([sample(lora.velocity_of(model, [context.to(device)], adapter), noise.to(device), sigmas)
-                      for context in contexts])
+    latents = torch.cat([sample(lora.velocity_of(model, [context.to(device)], adapter), noise.to(device), sigmas)
+                         for context in contexts])
+    if not latents.isfinite().all():
+        raise InputError(f"--model: with {'an' if adapter else 'no'} adapter it draws what is not finite; copy or "
+                         "download the weights again, or use --dtype float32")
+    return latents
 
 
 # ------------------------------------------------------------------------------------------------------- program
@@ -85,7 +89,7 @@ def read_prompts(cfg: Options) -> list[str]:
     prompts = list(cfg.prompt)
     if cfg.prompts is not None:
         try:
-            lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(cfg.prompts).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts {cfg.prompts}: not readable as text ({error}); "
                              "give a UTF-8 text file") from None
@@ -98,8 +102,10 @@ def read_prompts(cfg: Options) -> list[str]:
 def check(cfg: Options) -> None:
     """Mistakes that need no checkpoint to be seen."""
     check_seed(cfg.seed)
-    if cfg.steps is not None and cfg.steps < 1:
-        raise InputError(f"--steps {cfg.steps}: a sampler needs at least one step; give 1 or more")
+    if cfg.steps is not None and not 1 <= cfg.steps <= 1000:
+        raise InputError(f"--steps {cfg.steps}: not a usable number of solver steps; give 1 to 1000")
+    if max(cfg.height or 0, cfg.width or 0) > 8192:
+        raise InputError(f"--height {cfg.height} --width {cfg.width}: more than can be meant; give 8192 or less")
     if cfg.compare and cfg.lora is None and cfg.reference is None:
         raise InputError("--compare: nothing to compare the base with; give --lora FILE or --reference IMAGE")
     if cfg.lora is not None and not Path(cfg.lora).is_file():

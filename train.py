@@ -49,7 +49,7 @@ from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
 from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary
 from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
-                                    shows_target, sources_of, what_is_kept)
+                                    shows_target, sources_of, unused, what_is_kept)
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -142,9 +142,10 @@ def clip_and_check(run: Run, tasks: list[Task], losses: dict[str, Tensor]) -> tu
     of_task = dict(zip(losses, found))
     loss = objective(tasks, of_task)
     if not math.isfinite(loss) or not math.isfinite(norm):
-        run.save()                                                      # nothing was updated: the last good state
-        raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; the state before it is "
-                         f"in {run.out}; start anew with another --out and a smaller --lr or --dtype float32")
+        raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; " + (
+            f"the state before it is in {run.out}; start anew with another --out and a smaller --lr or --dtype float32"
+            if run.step else f"nothing was learned yet, so {run.cfg.model} or the data is broken, or needs --dtype "
+            "float32"))
     return loss, of_task, norm
 
 
@@ -154,15 +155,11 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
     if cfg.sample_every and run.step in (0, cfg.steps):
         draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, run.saved_on_errors():
         for _ in bar:
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
-            try:
-                loss, losses, norm = clip_and_check(run, tasks, gradient_of_step(cfg, run, tasks, shift_of))
-            except torch.OutOfMemoryError:
-                run.save()                                              # a resumed run may use --checkpointing
-                raise
+            loss, losses, norm = clip_and_check(run, tasks, gradient_of_step(cfg, run, tasks, shift_of))
             run.optimizer.step()
             run.tuned.ema_(m)                                           # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
@@ -172,7 +169,7 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
                 run.save()
             if interrupt.asked:
                 print(f"interrupted: step {run.step} is saved in {run.out}; --resume continues", file=sys.stderr)
-                return 130
+                return 128 + interrupt.asked
             if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
                 draw_panel(cfg, run, panels, tasks)
     return 0
@@ -200,6 +197,8 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each source."""
     cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
     check_values(cfg, METHODS[cfg.method])
+    if flags := unused(cfg, METHODS[cfg.method]):
+        print(f"note: --method {cfg.method} has no use here for {', '.join(flags)}", file=sys.stderr)
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
     rows = [read_source(source, cfg.caption) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)

@@ -27,6 +27,7 @@ from model import Context
 from networks import vae as autoencoder
 from plumbing import encoder_files, files
 from plumbing.checkpoints import pixels_per_patch
+from plumbing.files import InputError
 from plumbing.machine import free
 from plumbing.panels import PanelRow
 from plumbing.pictures import Shape, crop, fit, open_image, to_tensor
@@ -185,7 +186,11 @@ def encode_contexts(examples: list[Example], latents: list[list[Tensor]], load_e
                                              [len(example.row.sources)] * len(prompts))  # c_t = f_mm(y, x0)
         # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
         copies = [tensor.detach().cpu().clone() for tensor in (*pictures, *contexts)]
-        files.write_tensors(example.file, dict(zip(example.names(), copies, strict=True)))
+        encoded = dict(zip(example.names(), copies, strict=True))
+        if broken := [name for name, tensor in encoded.items() if not tensor.isfinite().all()]:
+            raise InputError(f"{example.row.image or prompts[0]}: its {broken[0]} has values that are not finite; copy "
+                             "or download VAE, text encoder and VLM again, or use --dtype float32")
+        files.write_tensors(example.file, encoded)
 
 
 def warn_enlarged(examples: list[Example]) -> None:

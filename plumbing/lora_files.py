@@ -46,7 +46,11 @@ def load(path: Path | str, model: Transformer) -> Adapter:
         found: dict[str, dict[str, Tensor]] = {}
         for key in keys:
             layer, part = _parse(path, key, spellings)
-            found.setdefault(layer, {})[part] = file.get_tensor(key).float()
+            tensor = file.get_tensor(key)
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"{path}: {key} ({tensor.dtype}) has values that are not finite, or no floats at all; "
+                                 "use another file of this adapter")
+            found.setdefault(layer, {})[part] = tensor.float()
     device = next(model.parameters()).device
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, parts in found.items():

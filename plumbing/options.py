@@ -50,8 +50,8 @@ def _add(parser, field: dataclasses.Field) -> None:
         action = argparse.BooleanOptionalAction if field.default is None else "store_true"
         parser.add_argument(*flags, action=action, default=field.default, **extra)
         return
-    if is_list and "nargs" not in extra:
-        extra |= {"action": "append", "metavar": "TEXT"}
+    if is_list:
+        extra = {"action": "extend"} | extra if "nargs" in extra else extra | {"action": "append", "metavar": "TEXT"}
     extra["type"] = (lambda word: old.get(word, word)) if old else str if is_list else kind
     parser.add_argument(*flags, required=required, default=[] if is_list else None if required else field.default,
                         **extra)

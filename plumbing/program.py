@@ -10,22 +10,27 @@ from plumbing.files import InputError
 TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Interrupt:
-    """Ctrl-C asks for a stop after the step under way, so that whole steps are saved; the second one stops at once."""
+    """Ctrl-C, or a system that shuts down, asks for a stop after the step under way, so that whole steps are saved; the
+    second one stops at once. asked: the signal's number, or 0."""
 
     def __enter__(self) -> "Interrupt":
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self.handle)
+        self.asked = 0
+        self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
         return self
 
-    def handle(self, *_) -> None:
+    def handle(self, number: int, _) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
         print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> None:
@@ -41,6 +46,11 @@ def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> N
     except torch.OutOfMemoryError as error:
         detail = ". ".join(str(error).splitlines()[0].split(". ")[1:3])  # how much was tried, how large the GPU is
         print(f"error: CUDA out of memory ({detail}); {less_memory}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        print(f"error: out of memory ({str(error).split('] ')[-1].splitlines()[0]}); {less_memory}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,7 +3,7 @@ import dataclasses
 import importlib.metadata
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -115,6 +115,17 @@ class Run:
                  "step": str(self.step)}
         self.tuned.save(self.out, facts, self.with_teacher)
         write_tensors(self.out / STATE, state, {"step": str(self.step)})
+
+    @contextmanager
+    def saved_on_errors(self) -> Iterator[None]:
+        """Save the last good state when something goes wrong, once there is one: errors come between whole steps."""
+        try:
+            yield
+        except Exception:
+            if self.step:
+                with suppress(InputError):                              # what went wrong first is what is told
+                    self.save()
+            raise
 
     def load(self) -> None:
         """Continue from the state file. Raises InputError when it does not belong to these options."""

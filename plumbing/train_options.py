@@ -20,8 +20,9 @@ TARGET = "image"      # in the place of a teacher's file: the run's own teacher,
 UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
 NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the name of its task
 PRIOR = "dreambooth"            # the baseline that cannot do without --keep
-LEAST = {"steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "save_every": 1,
-         "sample_every": 0, "lr": 0, "grad_states": 1, "beta": 0, "noise": 0, "keep_weight": 0, "keep_batches": 1}
+LEAST = {"size": 1, "steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "beta": 0,
+         "save_every": 1, "sample_every": 0, "lr": 0, "grad_states": 1, "noise": 0, "keep_weight": 0, "keep_batches": 1}
+MOST = {"size": 8192, "rollout_steps": 1000, "batch_size": 4096, "rank": 4096}      # nobody means more
 
 
 @dataclass
@@ -92,6 +93,8 @@ def check_values(cfg: Options, method: Method) -> None:
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if value is not None and (not value >= least or not math.isfinite(value)):
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
+        if value is not None and value > MOST.get(name, math.inf):
+            raise InputError(f"{flag} {value}: more than can be meant; give {MOST[name]} or less")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     keeps = cfg.keep not in (None, NONE)
@@ -111,6 +114,20 @@ def check_values(cfg: Options, method: Method) -> None:
     if cfg.noise and not method.takes_noise:
         raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
+
+
+def unused(cfg: Options, method: Method) -> list[str]:
+    """The flags that were given and that this run has no use for."""
+    keeps = cfg.keep not in (None, NONE)
+    is_shown, keeps_something = shows_target(cfg, method), keeps or cfg.keep is None and cfg.method in ("dopsd", PRIOR)
+    used = {"loss": keeps or "weight" in method.needs, "beta": "beta" in method.needs,
+            "rollout_steps": keeps or method.passes(1, 1) != method.passes(2, 1),
+            "ema": is_shown and cfg.teacher_weights == "ema",
+            **dict.fromkeys(("teacher_weights", "teacher_context", "teacher_rope", "vlm"), is_shown),
+            **dict.fromkeys(("keep_weight", "keep_batches"), keeps_something)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    return ["--" + name.replace("_", "-") for name, is_used in used.items()
+            if not is_used and getattr(cfg, name) != defaults[name]]
 
 
 def what_is_kept(cfg: Options, recipe: Recipe, edits: bool) -> Recipe:

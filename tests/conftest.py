@@ -205,10 +205,11 @@ def base(checkpoint, photos, tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def run(base, tmp_path):
-    """run("name", "--steps", 3) trains into tmp_path / "name" and returns that folder; later flags win."""
+    """run("name", "--steps", 3) trains into tmp_path / "name" and returns that folder; later flags win, also --data."""
     def start(name: str, *flags, status: int = 0) -> Path:
         out = tmp_path / name
-        assert train.main([*base, "--out", str(out), *map(str, flags)]) == status
+        others = base[2:] if "--data" in flags else base                # which adds to what was given before
+        assert train.main([*others, "--out", str(out), *map(str, flags)]) == status
         return out
     return start
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import sample
 import train
+from model import ZImageTransformer
 from plumbing import files
 from plumbing.backbone import Backbone
 from plumbing.files import InputError
@@ -56,8 +57,9 @@ def refused(place: Place, main, words: list[str], expected: tuple[str, ...]) -> 
 
 
 def train_words(place: Place, *flags) -> list[str]:
-    return ["--data", str(place.data), "--model", str(place.model), "--out", str(place.run), "--size", "32",
-            "--steps", "1", "--sample-every", "0", "--device", "cpu", "--keep", "none",
+    data = [] if "--data" in flags else ["--data", str(place.data)]
+    return [*data, "--model", str(place.model), "--out", str(place.run), "--size", "32", "--steps", "1",
+            "--sample-every", "0", "--device", "cpu", "--keep", "none",
             *(str(flag).replace("ROOT", str(place.root)) for flag in flags)]
 
 
@@ -181,7 +183,9 @@ VLM = {  # case: damage, words of the message; where the teacher's context is ne
                   ("ROOT/model/vlm/config.json", "'qwen3'", "'qwen3_vl'")),
 }
 VALUES = {  # flags: words of the message
-    ("--size", 33): ("--size 33", "multiple of 8", "try 32"), ("--size", 0): ("--size 0", "multiple of 8"),
+    ("--size", 33): ("--size 33", "multiple of 8", "try 32"), ("--size", 0): ("--size 0", "1 or more"),
+    ("--size", 100000): ("--size 100000", "8192 or less"), ("--rank", 10 ** 6): ("--rank 1000000", "4096 or less"),
+    ("--rollout-steps", 10 ** 6): ("--rollout-steps 1000000", "1000 or less"),
     ("--steps", 0): ("--steps 0", "1 or more"), ("--steps", -3): ("--steps -3", "1 or more"),
     ("--rollout-steps", 0): ("--rollout-steps 0", "1 or more"),
     ("--rollout-steps", -1): ("--rollout-steps -1", "1 or more"),
@@ -213,7 +217,8 @@ SAMPLE = {  # flags after --prompt: words of the message
     ("--height", 30): ("--height 30", "multiple of 8", "try 32"),
     ("--width", 33): ("--width 33", "multiple of 8", "try 32"),
     ("--height", 0): ("--height 0", "multiple of 8"), ("--width", -8): ("--width -8", "multiple of 8"),
-    ("--steps", 0): ("--steps 0", "1 or more"), ("--seed", 2 ** 70): ("--seed", str(2 ** 70)),
+    ("--steps", 0): ("--steps 0", "1 to 1000"), ("--steps", 10 ** 6): ("--steps 1000000", "1 to 1000"),
+    ("--height", 10 ** 5): ("--height 100000", "8192 or less"), ("--seed", 2 ** 70): ("--seed", str(2 ** 70)),
     ("--prompt", " "): ("prompt", "empty"), ("--prompts", "ROOT/none.txt"): ("ROOT/none.txt", "UTF-8 text file"),
     ("--prompts", "ROOT/data/0.png"): ("ROOT/data/0.png", "UTF-8 text file"),
     ("--lora", "ROOT/none.safetensors"): ("ROOT/none.safetensors", "no such file"),
@@ -314,6 +319,14 @@ def test_argparse_refuses(place, capsys, main, words):
 
 
 @pytest.mark.quick
+def test_a_transformer_that_draws_nothing_finite(place, monkeypatch):
+    """One line instead of a black picture."""
+    velocity = ZImageTransformer.velocity
+    monkeypatch.setattr(ZImageTransformer, "velocity", lambda *given: velocity(*given) * float("nan"))
+    refused(place, sample.main, sample_words(place, "--prompt", "a red star"),
+            ("--model: with no adapter", "not finite", "--dtype float32"))
+
+
 def test_earlier_spellings_still_work(place):
     """--teacher base meant frozen weights, --teacher-lora base the untuned model; today's words tell them apart."""
     old = parse(train.Options, ["--data", "a", "b", "--teacher", "base", "--teacher-lora", "image", "base"], "")

@@ -239,3 +239,17 @@ def test_a_changed_source_is_encoded_again(tmp_path):
     picture(tmp_path / "s.png", (16, 16), "green")
     (after,) = Loader().prepare(tmp_path, tmp_path / "cache")
     assert before.file != after.file
+
+
+@pytest.mark.parametrize("kind", [FakeVae, FakeEncoder])
+def test_what_is_not_finite_is_not_cached(tmp_path, monkeypatch, kind):
+    """One line that names the picture, and no file."""
+    name = "encode" if kind is FakeVae else "image_text_context"
+    whole = getattr(kind, name)
+    spoiled = (lambda self, image: whole(self, image) / 0) if kind is FakeVae else (
+        lambda self, prompts, images: [c * float("nan") for c in whole(self, prompts, images)])
+    monkeypatch.setattr(kind, name, spoiled)
+    what = "latents" if kind is FakeVae else "teacher.0"
+    with pytest.raises(InputError, match=rf"a\.png: its {what} has values that are not finite; copy or download"):
+        Loader().prepare(sidecars(tmp_path / "data"), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))

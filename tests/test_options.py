@@ -48,6 +48,29 @@ def test_fields_become_flags(capsys):
     assert "name of the thing (required)" in shown and "number of the things (default: 3)" in shown
 
 
+@pytest.mark.parametrize("words, flags", [
+    ("", []), ("--method off-policy --loss v --rollout-steps 2 --ema .9", []), ("--method pso --beta 3", []),
+    ("--method sft --loss kl --teacher-weights copy --ema .9 --beta 3 --rollout-steps 2 --vlm x",
+     ["--loss", "--beta", "--rollout-steps", "--ema", "--teacher-weights", "--vlm"]),
+    ("--method sft --keep k --loss kl --rollout-steps 2 --keep-weight 2", []),
+    ("--method sft --keep-weight 2", ["--keep-weight"]), ("--beta 3", ["--beta"]), ("--keep-batches 2", []),
+    ("--keep none --keep-batches 2", ["--keep-batches"]), ("--teacher-weights frozen --ema .9", ["--ema"]),
+    ("--teacher-lora untuned --teacher-weights copy --vlm x", ["--teacher-weights", "--vlm"]),
+    ("--teacher-lora image --ema .9", []), ("--method dreambooth --keep-weight 2", []),
+])
+def test_flags_that_a_run_has_no_use_for(words, flags):
+    cfg = parse(train.Options, ["--data", "a", *words.split()], "")
+    assert train_options.unused(cfg, train.METHODS[cfg.method]) == flags
+
+
+def test_data_and_teachers_add_up():
+    """`--data a --data b` is `--data a b`."""
+    one, other = (parse(train.Options, words.split(), "") for words in (
+        "--data a b c --teacher-lora x y z", "--data a --data b c --teacher-lora x --teacher-lora y z"))
+    assert one == other and one.data == ["a", "b", "c"] and one.teacher_lora == ["x", "y", "z"]
+    assert parse(train.Options, ["--data", "a"], "").teacher_lora == []
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_help_has_every_option_under_a_heading(program, capsys):
     with pytest.raises(SystemExit) as caught:

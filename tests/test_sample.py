@@ -99,7 +99,7 @@ def test_metadata(ours, adapter_file, tmp_path):
 
 def test_several_prompts_equal_single_ones(ours, tmp_path, capsys):
     prompts = ["a red star", "a big plain pink circle on the left on mint", "moon"]
-    (tmp_path / "prompts.txt").write_text(f"\n  {prompts[1]}  \n\n{prompts[2]}\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(f"{prompts[1]}  \n\n{prompts[2]}\n", encoding="utf-8-sig")  # with a mark
     ours("--prompt", prompts[0], "--prompts", tmp_path / "prompts.txt", "--steps", 2, "--seed", 3, out="deep/many.png")
     names = [f"many_{i:03d}.png" for i in (1, 2, 3)]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == names

@@ -424,7 +424,7 @@ def test_second_start_loads_neither_vae_nor_encoder(run, tmp_path, monkeypatch):
 def test_default_out_is_named_after_the_data(base, photos, tmp_path, monkeypatch, folder):
     shutil.copytree(photos, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
-    assert train.main([*base, "--data", folder, "--steps", "1"]) == 0
+    assert train.main([*base[2:], "--data", folder, "--steps", "1"]) == 0
     assert (tmp_path / "out" / folder / STATE).is_file()
 
 
