@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
+from data import read_text
 from encoder import TEACHER_CONTEXTS, check_references, contexts
 from model import Context
 from networks import vae as autoencoder
@@ -33,7 +34,6 @@ from plumbing.program import run
 from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import Recipe, vlm_of
 from rollout import sample, sigma_grid
-
 
 PROMPT, MODEL, OUTPUT, MACHINE = "what to draw", "model", "output", "machine"  # headings of --help
 
@@ -88,12 +88,7 @@ def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Ten
 def read_prompts(cfg: Options) -> list[str]:
     prompts = list(cfg.prompt)
     if cfg.prompts is not None:
-        try:
-            lines = Path(cfg.prompts).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {cfg.prompts}: not readable as text ({error}); "
-                             "give a UTF-8 text file") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_text(Path(cfg.prompts)).splitlines() if line.strip()]
     if not prompts:
         raise InputError("--prompt: nothing to draw; give --prompt TEXT or --prompts FILE with one prompt per line")
     return prompts

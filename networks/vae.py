@@ -245,8 +245,12 @@ def read_config(path: Path) -> dict:
         raise InputError(f"{path}: _class_name {kind!r} is not supported; use an {KL} or an {FLUX2}")
     config = read_json(path, *KEYS, *KEYS_OF[kind])
     for key, only in (("down_block_types", ENCODER_BLOCK), ("up_block_types", DECODER_BLOCK)):
-        if any(name != only for name in config.get(key, [])):
+        if not isinstance(config.get(key, []), list) or any(name != only for name in config.get(key, [])):
             raise InputError(f"{path}: {key} {config[key]} is not supported; use an {kind} of {only} only")
+    widths, groups = config["block_out_channels"], config["norm_num_groups"]
+    if any(width % groups for width in widths):
+        raise InputError(f"{path}: norm_num_groups {groups} does not divide block_out_channels {widths}; use the file "
+                         "that belongs to this checkpoint")
     if kind == FLUX2 and config["patch_size"] != [SQUARE, SQUARE]:
         raise InputError(f"{path}: patch_size {config['patch_size']} is not supported; "
                          f"use an {kind} with [{SQUARE}, {SQUARE}]")

@@ -1,5 +1,5 @@
 """Text encoder, tokenizer and VLM of a checkpoint -> `Encoder` (encoder.py), checked to belong together."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,13 +47,13 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
         image_processor = _image_processor(vlm_folder, vlm_config, image_pixels)
         vision = vision_tensors(vlm_folder)
 
-    text = _skeleton(Qwen3Model, text_config, device)
+    text = _skeleton(Qwen3Model, text_config, device, folder / "text_encoder" / "config.json")
     weights = ((name.removeprefix("model."), tensor) for name, tensor in files.tensors(folder / "text_encoder"))
     in_layers, in_blocks = (("layers.",), ("blocks.",)) if quantize == INT8 else ((), ())
     files.load_strictly(text, weights, folder / "text_encoder", device, dtype, ignore=("lm_head.",), int8=in_layers)
     if vlm is None:
         return Encoder(tokenizer, text, style=style)
-    teacher = _skeleton(Qwen3VLModel, vlm_config, device)
+    teacher = _skeleton(Qwen3VLModel, vlm_config, device, vlm_folder / "config.json")
     files.load_strictly(teacher.visual, vision, vlm_folder, device, dtype, int8=in_blocks)
     for name, part in text.named_modules():  # the same modules, whatever has weights: the language model exists once
         if any(True for _ in part.parameters(recurse=False)):
@@ -85,10 +85,19 @@ def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     return ((name.removeprefix(prefix), tensor) for name, tensor in files.tensors(folder, prefix))
 
 
-def _skeleton(kind: type[Model], config, device: torch.device) -> Model:
+def _made(path: Path, make: Callable):
+    """What transformers makes of a file, or an InputError: it raises many unrelated types for what it cannot use."""
+    try:
+        return make()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: transformers cannot use it ({reason:.200}); copy or download it again") from None
+
+
+def _skeleton(kind: type[Model], config, device: torch.device, path: Path) -> Model:
     """A model without weights: parameters on the meta device, rotary tables (in no checkpoint) computed."""
     with torch.device("meta"):
-        model = kind(config)
+        model = _made(path, lambda: kind(config))
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:
             model.set_submodule(name, type(module)(module.config).to(device))
@@ -99,7 +108,8 @@ def _config(kind, path: Path, *keys: str):
     found = files.read_json(path, "model_type")["model_type"]
     if found != kind.model_type:
         raise InputError(f"{path}: model_type {found!r}, expected {kind.model_type!r}; give a checkpoint of that kind")
-    return kind.from_dict(files.read_json(path, *keys))
+    content = files.read_json(path, *keys)
+    return _made(path, lambda: kind.from_dict(content))
 
 
 def _vlm_config(folder: Path, text: Qwen3Config, tokenizer, teacher_rope: str) -> Qwen3VLConfig:
@@ -133,7 +143,7 @@ def _image_processor(folder: Path, config: Qwen3VLConfig, pixels: tuple[int, int
     content = files.read_json(path, "patch_size", "image_mean", "image_std")
     if pixels is not None:
         content.update(min_pixels=pixels[0], max_pixels=pixels[1])  # these win over the file's "size"
-    processor = Qwen2VLImageProcessorPil.from_dict(content)
+    processor = _made(path, lambda: Qwen2VLImageProcessorPil.from_dict(content))
     for key, name in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
                       ("merge_size", "spatial_merge_size")):
         needed = getattr(config.vision_config, name)
@@ -146,11 +156,7 @@ def _image_processor(folder: Path, config: Qwen3VLConfig, pixels: tuple[int, int
 def _tokenizer(folder: Path):
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many unrelated types for an unreadable folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: not readable as a tokenizer ({reason}); copy or download it again") from None
+    tokenizer = _made(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
     if tokenizer.pad_token_id is None:
         raise InputError(f"{folder}: its tokenizer has no pad_token; use the tokenizer that belongs to the checkpoint")
     return tokenizer

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from plumbing.kinds import wrong
 from plumbing.quantized import Int8Linear
 
 ROOT = Path(__file__).resolve().parent.parent  # of this repository
@@ -61,13 +62,15 @@ def read_json(path: Path, *needed: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the checkpoint folder is incomplete, "
                          "copy or download it again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; copy or download it again")
     for key in needed:
         if key not in content:
             raise InputError(f"{path}: the key {key!r} is missing; use the config that belongs to this checkpoint")
+    if problem := wrong(content, needed):
+        raise InputError(f"{path}: {problem}; use the file that belongs to this checkpoint")
     return content
 
 
@@ -83,6 +86,9 @@ def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     if index:
         for name, file in read_json(index[0], "weight_map")["weight_map"].items():
+            if not isinstance(file, str) or not file or Path(file).name != file:
+                raise InputError(f"{index[0]}: {name} is in {file!r:.60}, which is no file of this folder; download it "
+                                 "again")
             if name.startswith(prefix):
                 found.setdefault(folder / file, []).append(name)
         for path in found:
