@@ -152,7 +152,7 @@ def clip_and_check(run: Run, tasks: list[Task], losses: dict[str, Tensor]) -> tu
 def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: Shift) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     m = {"ema": cfg.ema, "copy": 0.0, "frozen": 1.0}[cfg.teacher_weights]
-    if cfg.sample_every and run.step in (0, cfg.steps):
+    if cfg.sample_every and (run.step == cfg.steps or run.step % cfg.sample_every == 0):    # Ctrl-C may have come first
         draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
     with Interrupt() as interrupt, run.saved_on_errors():

@@ -56,8 +56,8 @@ class Laboratory:
         """Train or continue until `step`; seconds that all steps so far took, and the student."""
         folder = self.runs / job.training.name
         saved = {saved_step(folder / name) for name in (STATE, STUDENT)}
-        if max(saved) > step:                                       # its measurement was lost: start anew
-            shutil.rmtree(folder)
+        if folder.exists() and (max(saved) > step or not saved_step(folder / STATE)):   # lost its measurement, or was
+            shutil.rmtree(folder)                                                       # killed early: start anew
         if saved != {step}:
             words = [*job.words, "--model", str(self.model), "--out", str(folder), "--cache", str(self.cache),
                      *train_words(job.training, step), *(["--resume"] if saved_step(folder / STATE) else [])]

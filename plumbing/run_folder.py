@@ -56,8 +56,8 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
                              "began with; restore them, or start a new run with another --out")
         return
     if found := [name for name in TRAINED if (out / name).exists()]:
-        raise InputError(f"--out {out}: holds another run ({found[0]}); continue it with --resume, or choose another "
-                         "--out")
+        way = "continue it with --resume" if STATE in found else f"its {STATE} is gone, so move it away"
+        raise InputError(f"--out {out}: holds another run ({found[0]}); {way}, or choose another --out")
     if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
         raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
     check_writable(out, f"--out {out}")
