@@ -133,10 +133,6 @@ class Tuned:
     def teacher(self, context: list) -> Velocity:
         return velocity_of(self.model, context, self.theta_bar)
 
-    def frozen(self, context: list, adapter: Adapter | None) -> Velocity:
-        """Of another adapter, or of the model as it was."""
-        return velocity_of(self.model, context, adapter)
-
     def parameters(self) -> dict[str, Tensor]:
         """What the optimizer changes, by name."""
         return self.theta.tensors()

@@ -95,8 +95,9 @@ def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shi
                 for side in (batch.student_context, batch.teacher_context))
     K, shift = cfg.rollout_steps, shift_of(cfg.rollout_steps, *x0.shape[2:])
     return {"student": tuned.student(c_s),                                              # theta, c_s
-            "teacher": tuned.frozen(c_s, task.adapter) if task.adapter else tuned.teacher(c_t),    # theta_bar, c_t
-            "base": tuned.frozen(c_s, None),
+            "teacher": lora.velocity_of(tuned.model, c_s, task.adapter) if task.adapter
+            else tuned.teacher(c_t),                                                    # theta_bar, c_t
+            "base": lora.velocity_of(tuned.model, c_s, None),
             "x": torch.randn(x0.shape, generator=rng).to(tuned.device, non_blocking=True), "x0": x0,
             "sigmas": sigma_grid(shift, K), "shift": shift, "weight": weight_of(cfg.loss),
             "learned": draw_states(K, cfg.grad_states or K, number, cfg.seed, task.index),
@@ -172,6 +173,7 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
                 return 128 + interrupt.asked
             if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
                 draw_panel(cfg, run, panels, tasks)
+    print(f"done     {run.out / 'student.safetensors'}" + f", panels in {run.out / 'samples'}" * bool(cfg.sample_every))
     return 0
 
 

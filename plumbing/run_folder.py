@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.metadata
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,12 +23,11 @@ from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.train_options import UNTUNED, names_of
 
-# Options that may differ when a run is resumed: they change the rounding at most.
+# Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
-        "device")
+        "device", "data", "keep", "caption")
 STATE = "state.safetensors"
 TRAINED = (STATE, "student.safetensors", "teacher.safetensors")
-COVERED = ("data", "keep", "caption")       # by the fingerprint of the data: it may have moved
 
 
 def out_folder(cfg) -> Path:
@@ -48,7 +48,7 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
         config = read_json(out / "config.json", "options")
         before = in_todays_words(config["options"])
         for name, value in dataclasses.asdict(cfg).items():
-            if name not in FREE + COVERED and plain(before.get(name, value)) != plain(value):
+            if name not in FREE and plain(before.get(name, value)) != plain(value):
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
         if config.get("data") != fingerprint:
@@ -151,7 +151,10 @@ class Run:
                                                       "gradient_norm": norm, "seconds": seconds,
                                                       "peak_memory_gb": memory})
         shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
-        return f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB"
+        said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB"
+        if not sys.stderr.isatty() and (self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps):
+            print(f"step {self.step} of {self.cfg.steps}: {said}", flush=True)      # instead of a bar
+        return said
 
     def begin(self, recipe: str, data: str) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
@@ -183,8 +186,7 @@ def provenance() -> dict:
     """What a run was made with: versions of the packages, commit of this code."""
     packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")
     try:
-        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"commit": commit, "versions": {name: importlib.metadata.version(name) for name in packages}}
+    return {"commit": commit.strip(), "versions": {name: importlib.metadata.version(name) for name in packages}}
