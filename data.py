@@ -166,7 +166,7 @@ def find(name: str, path: Path, is_official: bool) -> Path:
 
 
 def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:
-    """(image, captions, sources) of a Hugging Face imagefolder line: file_name, and text (a string or several)."""
+    """(image, captions, sources) of a Hugging Face imagefolder line: file_name, text and source, one or several."""
     for field in ("file_name", "text"):
         if field not in entry:
             raise InputError(f"{where}: the field {field!r} is missing; write file_name and text into each line")
@@ -175,16 +175,11 @@ def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...], lis
         raise InputError(f"{where}: file_name must be a string, text a string or a list of strings; correct this line")
     if not texts or not all(text.strip() for text in texts):
         raise InputError(f"{where}: 'text' holds an empty caption; write what the image shows")
-    return entry["file_name"], tuple(text.strip() for text in texts), read_sources(entry, where)
-
-
-def read_sources(entry: dict, where: str) -> list[str]:
-    """The source images of a line for editing: its field `source`, one path or several; [] without it."""
     sources = entry.get("source", [])
     sources = [sources] if isinstance(sources, str) else sources
     if not isinstance(sources, list) or not all(isinstance(name, str) and name for name in sources):
         raise InputError(f"{where}: 'source' must be a path or a list of paths; correct this line")
-    return sources
+    return entry["file_name"], tuple(text.strip() for text in texts), sources
 
 
 def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:

@@ -105,8 +105,8 @@ def check(cfg: Options) -> None:
         raise InputError("--compare: nothing to compare the base with; give --lora FILE or --reference IMAGE")
     if cfg.lora is not None and not Path(cfg.lora).is_file():
         raise InputError(f"--lora {cfg.lora}: no such file; give an adapter such as out/NAME/student.safetensors")
-    if Path(cfg.out).suffix.lower() != ".png":
-        raise InputError(f"--out {cfg.out}: not a .png file; give a name that ends in .png")
+    if Path(cfg.out).suffix.lower() != ".png" or Path(cfg.out).is_dir():
+        raise InputError(f"--out {cfg.out}: not a .png file; give a name of one that ends in .png")
     check_writable(Path(cfg.out).parent, f"--out {cfg.out}")
 
 

@@ -49,6 +49,7 @@ class Features:
         Raises InputError.
         """
         self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
+        files.check_writable(cache, f"--cache {cache}")
         self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)

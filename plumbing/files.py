@@ -42,15 +42,15 @@ def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] 
             raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in "
                              "diffusers/transformers layout")
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):     # no owner/name
-        raise InputError(f"{name}: no such folder; give a checkpoint folder or a hub id such as "
-                         "Tongyi-MAI/Z-Image-Turbo")
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):
+        what = "a single file, which is not read" if folder.exists() else "no such folder"
+        raise InputError(f"{name}: {what}; give a checkpoint folder or a hub id such as Tongyi-MAI/Z-Image-Turbo")
     from huggingface_hub import snapshot_download  # imported here: local folders need no hub client
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types for "unreachable", "gated", "not found"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: not a local folder, and the hub did not give it ({reason}); "
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: not a local folder, and the hub did not give it ({reason:.300}); "
                          "check the name and the network, or give the path of a downloaded folder") from None
 
 
@@ -102,7 +102,9 @@ def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
             found[path] = names
     if not found:
         what = f"tensors {prefix}* in .safetensors files" if prefix else ".safetensors weights"
-        raise InputError(f"{folder}: no {what} here; download the folder again")
+        others = [path.name for path in visible_files(folder) if path.suffix in (".bin", ".pt", ".ckpt", ".gguf")]
+        only = f" but {others[0]}, and neither pickle nor GGUF is read" if others else ""
+        raise InputError(f"{folder}: no {what} here{only}; download the folder again")
     return found
 
 

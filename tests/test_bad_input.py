@@ -275,6 +275,30 @@ def test_values_of_sample(place, flags):
     refused(place, sample.main, sample_words(place, "--prompt", "a red star", *flags), SAMPLE[flags])
 
 
+def test_places_that_cannot_be_written(place):
+    """Seen before anything is encoded."""
+    (place.root / "folder.png").mkdir()
+    refused(place, sample.main, sample_words(place, "--prompt", "a red star", "--out", "ROOT/folder.png"),
+            ("ROOT/folder.png", "not a .png file"))
+    (place.root / "file").write_text("")
+    refused(place, train.main, train_words(place, "--cache", "ROOT/file/cache"),
+            ("--cache ROOT/file/cache", "not writable", "ROOT/file"))
+
+
+def test_weights_of_other_kinds(place, monkeypatch):
+    """A single file, pickles, GGUF: what they are is said, and nothing is asked of the hub."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    (place.root / "all.safetensors").write_bytes(b"")
+    refused(place, train.main, train_words(place, "--model", "ROOT/all.safetensors"),
+            ("ROOT/all.safetensors", "a single file, which is not read", "checkpoint folder"))
+    for other in ("diffusion_pytorch_model.bin", "model.gguf"):
+        for path in (place.model / "transformer").iterdir():
+            if path.suffix != ".json":
+                path.unlink()
+        (place.model / "transformer" / other).write_bytes(b"x")
+        refused(place, train.main, train_words(place), ("ROOT/model/transformer", other, "neither pickle nor GGUF"))
+
+
 def test_sample_without_a_prompt(place):
     refused(place, sample.main, sample_words(place), ("--prompt", "nothing to draw"))
     (place.root / "prompts.txt").write_text("\n \n")
