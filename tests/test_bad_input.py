@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from conftest import fill_b, program, random_transformer
 from safetensors.torch import load_file, save_file
 
@@ -283,6 +284,13 @@ def test_places_that_cannot_be_written(place):
     (place.root / "file").write_text("")
     refused(place, train.main, train_words(place, "--cache", "ROOT/file/cache"),
             ("--cache ROOT/file/cache", "not writable", "ROOT/file"))
+
+
+def test_photographs_for_a_toy_are_a_warning(place, capsys):
+    Image.new("RGB", (1200, 900), "red").save(place.data / "0.png")
+    assert train.main(train_words(place)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(said) == 1 and "photographs" in said[0] and "--model Tongyi-MAI/Z-Image-Turbo" in said[0]
 
 
 def test_weights_of_other_kinds(place, monkeypatch):
