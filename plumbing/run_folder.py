@@ -69,7 +69,7 @@ def plain(value):
         return [plain(part) for part in value]
     if value == "embedded":
         return str(EMBEDDED.resolve())
-    return str(Path(value).resolve()) if isinstance(value, str) and "/" in value and Path(value).exists() else value
+    return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else value
 
 
 @contextmanager

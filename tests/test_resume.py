@@ -508,7 +508,7 @@ def test_other_spellings_of_the_same_paths(run, tmp_path, photos, checkpoint, mo
     monkeypatch.chdir(checkpoint.parent)
     moved = tmp_path / "moved"
     shutil.copytree(photos, moved)
-    run("spelled", "--steps", 2, "--resume", "--data", f"{moved}/", "--model", f"./{checkpoint.name}/")
+    run("spelled", "--steps", 2, "--resume", "--data", f"{moved}/", "--model", checkpoint.name)
     assert saved_step(tmp_path / "spelled") == 2
 
 
