@@ -25,8 +25,11 @@ from benchmarks.live import GIB, Grid, Live, fused_norms
 from loss import weight_of
 from model import Z_IMAGE, Context
 from networks.flux2 import KLEIN
+from plumbing.backbone import compile_blocks
+from plumbing.files import put
+from plumbing.machine import PICTURE
 from plumbing.options import option, parse
-from plumbing.quantized import FLOAT, INT8, Int8Linear
+from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import TURBO
 from rollout import sigma_grid
 from train import dopsd, draw_states
@@ -41,7 +44,7 @@ KLEIN_4B = {"patch_size": 1, "in_channels": 128, "num_layers": 5, "num_single_la
 KLEIN_9B = KLEIN_4B | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
                        "joint_attention_dim": 12288}
 BACKBONES = {"zimage": (Z_IMAGE, Z_CONFIG), "klein-4b": (KLEIN, KLEIN_4B), "klein-9b": (KLEIN, KLEIN_9B)}
-PROMPT, PICTURE, PADDED = 128, 576, 512         # tokens
+PROMPT, PADDED = 128, 512         # tokens
 # Dense bf16 TFLOP/s with float32 sums, from the makers' data sheets; the first name that the card's contains.
 PEAKS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 6000 Ada": 364,
          "5090": 209, "4090": 165, "4080": 97, "3090": 71, "A6000": 155, "A10": 125, "L4": 121}
@@ -69,10 +72,8 @@ def skeleton(cfg: Options, config: dict, released: bool) -> nn.Module:
         model.checkpointing = cfg.checkpointing
         if released:
             return official.network(model, config, cfg.rank, 2 * cfg.rank, cfg.checkpointing)
-    for block in model.blocks().values() if cfg.quantize == INT8 else ():
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                block.set_submodule(name, Int8Linear(layer.weight.detach(), layer.bias, torch.bfloat16))
+    for name, parameter in list(model.named_parameters()) if cfg.quantize == INT8 else ():
+        put(model, name, parameter.detach(), torch.bfloat16, int8=name.startswith(tuple(model.blocks())))
     return model
 
 
@@ -180,8 +181,7 @@ def run(cfg: Options, config: dict, released: bool, device: torch.device, dtype:
     cuda = device.type == "cuda"
     program = Program(cfg, config, released, dtype, device)
     if cfg.compile and not released:
-        for block in program.model.blocks().values():
-            block.compile()
+        compile_blocks(program.model)
     sigmas, seconds = sigma_grid(3.0, TURBO.rollout_steps), []
     for step in range(steps):
         if step == 1 and cuda:
