@@ -118,28 +118,30 @@ def check_values(cfg: Options, method: Method) -> None:
 
 def unused(cfg: Options, method: Method) -> list[str]:
     """The flags that were given and that this run has no use for."""
-    keeps = cfg.keep not in (None, NONE)
-    is_shown, keeps_something = shows_target(cfg, method), keeps or cfg.keep is None and cfg.method in ("dopsd", PRIOR)
+    keeps, is_shown = cfg.keep not in (None, NONE), shows_target(cfg, method)
     used = {"loss": keeps or "weight" in method.needs, "beta": "beta" in method.needs,
             "rollout_steps": keeps or method.passes(1, 1) != method.passes(2, 1),
             "ema": is_shown and cfg.teacher_weights == "ema",
             **dict.fromkeys(("teacher_weights", "teacher_context", "teacher_rope", "vlm"), is_shown),
-            **dict.fromkeys(("keep_weight", "keep_batches"), keeps_something)}
+            **dict.fromkeys(("keep_weight", "keep_batches"), keeps or keeps_by_default(cfg))}
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     return ["--" + name.replace("_", "-") for name, is_used in used.items()
             if not is_used and getattr(cfg, name) != defaults[name]]
 
 
+def keeps_by_default(cfg: Options) -> bool:
+    """As the recipe says: only D-OPSD, and DreamBooth which needs it, and not beside teachers that were named."""
+    return cfg.keep is None and cfg.method in ("dopsd", PRIOR) and not cfg.teacher_lora
+
+
 def what_is_kept(cfg: Options, recipe: Recipe, edits: bool) -> Recipe:
     """The recipe with what this run keeps by default, and with all states where nothing is kept: the published method.
 
-    Only D-OPSD, and DreamBooth which needs it, keep what the recipe says, and not beside teachers that were named.
     edits: whether the data is for editing.
     """
-    keep = cfg.keep
-    if keep is None:
-        starts_from_none = cfg.method not in ("dopsd", PRIOR) or cfg.teacher_lora
-        keep = NONE if starts_from_none else recipe.keep_edits if edits else recipe.keep
+    keep = NONE if cfg.keep is None else cfg.keep
+    if keeps_by_default(cfg):
+        keep = recipe.keep_edits if edits else recipe.keep
     return dataclasses.replace(recipe, keep=keep, grad_states=None if keep == NONE else recipe.grad_states)
 
 

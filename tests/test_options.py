@@ -56,7 +56,8 @@ def test_fields_become_flags(capsys):
     ("--method sft --keep-weight 2", ["--keep-weight"]), ("--beta 3", ["--beta"]), ("--keep-batches 2", []),
     ("--keep none --keep-batches 2", ["--keep-batches"]), ("--teacher-weights frozen --ema .9", ["--ema"]),
     ("--teacher-lora untuned --teacher-weights copy --vlm x", ["--teacher-weights", "--vlm"]),
-    ("--teacher-lora image --ema .9", []), ("--method dreambooth --keep-weight 2", []),
+    ("--teacher-lora image --keep-weight 2", ["--keep-weight"]), ("--teacher-lora image --ema .9", []),
+    ("--method dreambooth --keep-weight 2", []),
 ])
 def test_flags_that_a_run_has_no_use_for(words, flags):
     cfg = parse(train.Options, ["--data", "a", *words.split()], "")
