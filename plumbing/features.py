@@ -47,9 +47,9 @@ class Features:
         the features; in_panels: whether panels show its prompts. Raises InputError."""
         self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
         files.check_writable(cache, f"--cache {cache}")
-        if cfg.size < 256 and any(max(row.size) > 1000 for row in rows):
-            print(f"warning: {rows[0].image} and others are photographs, and this model draws {cfg.size} pixels of a "
-                  "toy world; give --model Tongyi-MAI/Z-Image-Turbo", file=sys.stderr)
+        if photos := [row.image for row in rows if max(row.size) > 1000 and cfg.size < 256]:
+            print(f"warning: photographs: {len(photos)} of {len(rows)} images, first {photos[0]}; this model draws "
+                  f"{cfg.size} pixels of a toy world; give --model Tongyi-MAI/Z-Image-Turbo", file=sys.stderr)
         self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)

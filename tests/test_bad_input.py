@@ -290,7 +290,8 @@ def test_photographs_for_a_toy_are_a_warning(place, capsys):
     Image.new("RGB", (1200, 900), "red").save(place.data / "0.png")
     assert train.main(train_words(place)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
-    assert len(said) == 1 and "photographs" in said[0] and "--model Tongyi-MAI/Z-Image-Turbo" in said[0]
+    assert len(said) == 1 and "photographs: 1 of 3" in said[0] and "0.png" in said[0]
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in said[0]
 
 
 def test_weights_of_other_kinds(place, monkeypatch):
