@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from encoder import contexts
+from encoder import IMAGE_TOKEN, contexts
 from model import Context
 from plumbing.files import InputError, open_safetensors, visible_files
 from plumbing.pictures import Shape, crop, open_image
@@ -65,8 +65,16 @@ def read_folder(data: Path | str, captions_suffice: bool = False, caption: str =
     without one of their own.
     """
     data = Path(data).expanduser()
-    if data.is_file() and data.suffix.lower() == ".jsonl":
-        return read_jsonl(data, captions_suffice)
+    is_file = data.is_file() and data.suffix.lower() == ".jsonl"
+    rows = read_jsonl(data, captions_suffice) if is_file else read_files(data, captions_suffice, caption)
+    for row in rows:
+        if any(IMAGE_TOKEN in text for text in row.captions):
+            raise InputError(f"{row.image or data}: its caption has {IMAGE_TOKEN}, the mark of an image; remove it")
+    return rows
+
+
+def read_files(data: Path, captions_suffice: bool, caption: str) -> list[Row]:
+    """Layouts (a), (b) and (c) of a folder. Raises InputError."""
     if not data.is_dir():
         raise InputError(f"{data}: no such folder; give a folder of images with captions, or a .jsonl file")
     files = visible_files(data)
@@ -234,24 +242,29 @@ class Example:
     shape: Shape            # (height, width) of the training crop
     file: Path              # safetensors: latents (C, h, w), source.j; per caption i student.i, teacher.i (L_i, D)
     kind: str               # of the teacher's context (encoder.TEACHER_CONTEXTS); "": no teacher is shown the target
+    content: str = ""       # hash of the images' bytes
 
     @property
     def bucket(self) -> tuple[int, int, int]:
         """Height, width, number of sources: equal for all examples of a batch."""
         return *self.shape, len(self.row.sources)
 
-    def names(self) -> list[str]:
-        return (["latents"] + [f"source.{j}" for j in range(len(self.row.sources))]
-                + [f"{side}.{i}" for side in self.sides() for i in range(len(self.row.captions))])
+    def pictures(self) -> list[str]:
+        """Names of the tensors that come from the VAE."""
+        return ["latents"] + [f"source.{j}" for j in range(len(self.row.sources))]
+
+    def texts(self) -> list[str]:
+        """Names of those that come from the encoder."""
+        return [f"{side}.{i}" for side in self.sides() for i in range(len(self.row.captions))]
 
     def sides(self) -> tuple[str, ...]:
         return ("student", "teacher") if self.kind else ("student",)
 
-    def is_cached(self) -> bool:
-        """False for a file that is absent, broken or incomplete: it is then encoded again."""
+    def has(self, names: list[str]) -> bool:
+        """Whether these are in its file. Where not, or where the file is broken, they are encoded again."""
         try:
             with open_safetensors(self.file) as stored:
-                return set(self.names()) <= set(stored.keys())
+                return set(names) <= set(stored.keys())
         except (InputError, OSError):
             return False
 

@@ -136,6 +136,8 @@ def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], m
     if rank < 1 or tuple(A.shape) != (rank, inner) or tuple(B.shape) != (sum(sizes), rank):
         raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (rank, {inner}) "
                          f"and ({sum(sizes)}, rank); give a LoRA made for this transformer")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise InputError(f"{path}: {layer} has {parts['alpha'].numel()} values of alpha, expected one; save it again")
     scale = parts["alpha"].item() / rank if "alpha" in parts else _config_scale(config, layer, rank)
     return [(name, A.clone(), scale * rows) for name, rows in zip(names, B.split(sizes))]
 

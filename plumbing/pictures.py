@@ -28,6 +28,11 @@ def open_image(path: Path | str) -> Image.Image:
         raise InputError(f"{path}: no such file; check the path") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image of a known format; replace or remove it") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file that can") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: more megapixels than Pillow reads, {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f}; "
+                         "make it smaller, a few are enough") from None
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types for broken files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a complete image ({reason}); replace or remove it") from None

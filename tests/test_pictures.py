@@ -102,3 +102,20 @@ def test_to_tensor():
     tensor = pictures.to_tensor(image)
     assert tensor.shape == (1, 3, 2, 4) and tensor.dtype == torch.float32
     assert torch.allclose(tensor[0, :, 1, 2], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+def test_why_a_picture_cannot_be_read(tmp_path, monkeypatch):
+    """Not every picture that cannot be opened is broken."""
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=r"folder\.png: cannot be read \(Is a directory\); give a file that can"):
+        open_image(tmp_path / "folder.png")
+    picture(tmp_path / "large.png", (50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"large\.png: more megapixels than Pillow reads, 0; make it smaller"):
+        open_image(tmp_path / "large.png")
+
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Image, "open", locked)
+    with pytest.raises(InputError, match=r"large\.png: cannot be read \(Permission denied\)"):
+        open_image(tmp_path / "large.png")
