@@ -37,12 +37,12 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
     style = style or backbone_of(folder).text_style
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = _tokenizer(folder / "tokenizer")
-    text_config = _config(Qwen3Config, folder / "text_encoder" / "config.json", "hidden_size", "num_hidden_layers")
+    text_config = _text_config(folder)
     if min(style.layers(text_config.num_hidden_layers)) < 1:  # hidden state 0 is the embedding
         raise InputError(f"{folder / 'text_encoder'}: num_hidden_layers {text_config.num_hidden_layers}, too few to "
                          "take features from inside; give the text encoder that belongs to this checkpoint")
     if vlm is not None:  # everything small is checked before gigabytes are read
-        vlm_folder = find_vlm(vlm)
+        vlm_folder = find_vlm(vlm, folder)
         vlm_config = _vlm_config(vlm_folder, text_config, tokenizer, teacher_rope)
         image_processor = _image_processor(vlm_folder, vlm_config, image_pixels)
         vision = vision_tensors(vlm_folder)
@@ -61,15 +61,22 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
     return Encoder(tokenizer, text, teacher, image_processor, style)
 
 
-def find_vlm(name: str | Path) -> Path:
-    """Folder of a VLM. From the hub come its configs, its index and the shards with vision tensors, nothing else."""
+def find_vlm(name: str | Path, checkpoint: Path) -> Path:
+    """Folder of a VLM. From the hub come its configs, its index and the shards with vision tensors, nothing else.
+
+    Raises InputError, before the shards come, where it does not fit the text encoder of `checkpoint`.
+    """
     folder = files.checkpoint(str(name), "config.json", VLM_JSON)
+    config = _vlm_config(folder, _text_config(checkpoint), _tokenizer(checkpoint / "tokenizer"), "vlm")
+    _image_processor(folder, config, None)
     index = sorted(folder.glob("*.safetensors.index.json"))
     wanted = {"*.safetensors"}  # a single file has no index
     if index:
         weight_map = files.read_json(index[0], "weight_map")["weight_map"]
         wanted = {file for tensor, file in weight_map.items() if tensor.startswith(VISUAL)}
-    return files.checkpoint(str(name), "config.json", VLM_JSON + sorted(wanted))
+    folder = files.checkpoint(str(name), "config.json", VLM_JSON + sorted(wanted))
+    vision_tensors(folder)                                              # whether there are any
+    return folder
 
 
 def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -112,6 +119,10 @@ def _config(kind, path: Path, *keys: str):
     return _made(path, lambda: kind.from_dict(content))
 
 
+def _text_config(folder: Path) -> Qwen3Config:
+    return _config(Qwen3Config, folder / "text_encoder" / "config.json", "hidden_size", "num_hidden_layers")
+
+
 def _vlm_config(folder: Path, text: Qwen3Config, tokenizer, teacher_rope: str) -> Qwen3VLConfig:
     """The VLM's config, checked to fit the text encoder and its tokenizer, with the rotary base that was asked for."""
     config = _config(Qwen3VLConfig, folder / "config.json", "text_config", "vision_config", "image_token_id")
@@ -119,17 +130,17 @@ def _vlm_config(folder: Path, text: Qwen3Config, tokenizer, teacher_rope: str) -
         ours, theirs = getattr(text, key), getattr(config.text_config, key)
         if ours != theirs:
             raise InputError(f"{folder}: its language model has {key} {theirs}, the checkpoint's text encoder {ours}; "
-                             "give the VLM that belongs to this checkpoint")
+                             "give --vlm the one that belongs to this checkpoint")
     width = config.vision_config.out_hidden_size
     if width != text.hidden_size:
         raise InputError(f"{folder}: vision out_hidden_size {width}, text encoder's hidden_size {text.hidden_size}; "
-                         "give the VLM that belongs to this checkpoint")
+                         "give --vlm the one that belongs to this checkpoint")
     known = tokenizer.get_vocab()  # the embedding is the text encoder's, so its tokenizer is the one to use
     for token, id in (("<|vision_start|>", config.vision_start_token_id), (IMAGE_TOKEN, config.image_token_id),
                       ("<|vision_end|>", config.vision_end_token_id)):
         if known.get(token) != id:
             raise InputError(f"{folder}: {token} has id {id} here, {known.get(token)} in the checkpoint's tokenizer; "
-                             "give the VLM that belongs to this checkpoint")
+                             "give --vlm the one that belongs to this checkpoint")
     if teacher_rope not in ("vlm", "text"):
         raise InputError(f"teacher_rope: {teacher_rope!r}; choose vlm or text")
     if teacher_rope == "text":

@@ -50,17 +50,20 @@ class Features:
         if photos := [row.image for row in rows if max(row.size) > 1000 and cfg.size < 256]:
             print(f"warning: photographs: {len(photos)} of {len(rows)} images, first {photos[0]}; this model draws "
                   f"{cfg.size} pixels of a toy world; give --model Tongyi-MAI/Z-Image-Turbo", file=sys.stderr)
+        if in_panels and kind and not any("[" in text or row.sources for row in rows for text in row.captions):
+            print("note: no caption says [V]; a concept is learned best under a word that means nothing else, in all "
+                  "captions", file=sys.stderr)
         self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
         needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
-        self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm)) if needs_vlm else None
+        self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm), folder) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
                              files.transformer_class(folder), kind,
-                             files.model_key(self.vlm) if self.vlm else "-", str(dtype), cfg.teacher_rope,
+                             files.model_key(self.vlm, prefix=encoder_files.VISUAL) if self.vlm else "-",
+                             str(dtype), cfg.teacher_rope,
                              str(recipe.image_pixels), *([cfg.quantize] if cfg.quantize != FLOAT else [])])
         self.examples = place(rows, self.shapes, self.area, cache, self.key, kind)
-        self.fingerprint = hashlib.sha256(" ".join(e.file.stem for e in self.examples).encode()).hexdigest()
         self.rows = rows
 
     def encode(self, with_unrelated: bool = True) -> None:
@@ -119,9 +122,16 @@ class Features:
         files.write_tensors(path, {name: c.cpu().clone() for name, c in texts.items()})
 
 
-def fingerprint_of(features: list[Features]) -> str:
-    """Of all that a run learns from: images, captions and how they are encoded."""
-    return " ".join(part.fingerprint for part in features)
+def fingerprint_of(features: list[Features]) -> dict[str, str]:
+    """Hashes of all that a run learns from: images, captions, and the networks and options that encode them."""
+    return {"images": hash_of([[(e.content, e.shape) for e in part.examples] for part in features]),
+            "captions": hash_of([[row.captions for row in part.rows] for part in features]),
+            "VAE, text encoder or VLM": hash_of([part.key for part in features])}
+
+
+def hash_of(content) -> str:
+    """Of what JSON can say."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
 
 
 # ------------------------------------------------------------------------------------------------------- encoding
@@ -133,8 +143,12 @@ def place(rows: list[Row], shapes: list[Shape], area: int, cache: Path, key: str
     depend on: `files.model_key` of VAE, text encoder and VLM, dtype, prompt and pixel options. kind: of the teacher's
     contexts, "" leaves them out (`--method sft`).
     """
-    return [Example(row, shape, Path(cache) / f"{content_key(row, shape, area, key)}.safetensors", kind)
-            for row, shape in ((row, nearest_shape(row.size, shapes)) for row in rows)]
+    found = []
+    for row in rows:
+        shape, content = nearest_shape(row.size, shapes), content_of(row)
+        name = hash_of([CACHE_FORMAT, key, content, shape, area if row.sources else 0, row.captions])
+        found.append(Example(row, shape, Path(cache) / f"{name}.safetensors", kind, content))
+    return found
 
 
 def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callable, load_encoder: Callable,
@@ -147,51 +161,50 @@ def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callabl
     next and before this returns.
     """
     warn_enlarged(examples)
-    missing = list({example.file: example for example in examples if not example.is_cached()}.values())
+    missing = {example.file: example for example in examples if not example.has(example.pictures() + example.texts())}
+    if bare := [example for example in missing.values() if not example.has(example.pictures())]:
+        encode_latents(bare, multiple, area, load_vae(), device)
+        free()
     if missing:
-        latents = encode_latents(missing, multiple, area, load_vae, device)
-        free()
-        encode_contexts(missing, latents, load_encoder)
+        encode_contexts(list(missing.values()), load_encoder())
         free()
 
 
 @torch.no_grad()
-def encode_latents(examples: list[Example], multiple: int, area: int, load_vae: Callable, device: torch.device | str
-                   ) -> list[list[Tensor]]:
-    """Latents (C, h, w) float32 on the CPU, of each target and its sources; the VAE lives only in this function."""
-    vae = load_vae()
-
+def encode_latents(examples: list[Example], multiple: int, area: int, vae, device: torch.device | str) -> None:
+    """Latents (C, h, w) float32 of each target and its sources, written one example after the other."""
     def encode(image: Image.Image) -> Tensor:
-        return vae.encode(to_tensor(image).to(device))[0].float().cpu()
+        return vae.encode(to_tensor(image).to(device))[0].float()
 
-    def encode_target(example: Example) -> Tensor:
-        target = example.target()
-        if target is None:
-            return torch.zeros(vae.channels, *(side // vae.factor for side in example.shape))
-        return encode(target)
-
-    return [[encode_target(example), *(encode(fit(open_image(path), multiple, area, path))
-                                       for path in example.row.sources)]
-            for example in tqdm(examples, desc="encoding images", disable=None)]
+    for example in tqdm(examples, desc="encoding images", disable=None):
+        target, row = example.target(), example.row
+        latents = encode(target) if target else torch.zeros(vae.channels, *(side // vae.factor
+                                                                            for side in example.shape))
+        sources = [encode(fit(open_image(path), multiple, area, path)) for path in row.sources]
+        write(example, dict(zip(example.pictures(), [latents, *sources], strict=True)))
 
 
 @torch.no_grad()
-def encode_contexts(examples: list[Example], latents: list[list[Tensor]], load_encoder: Callable) -> None:
-    """Both contexts of Eq. 4 for every caption, written with the latents; the encoder lives only in this function."""
-    reader = load_encoder()
-    for example, pictures in zip(examples, tqdm(latents, desc="encoding captions", disable=None)):
+def encode_contexts(examples: list[Example], reader) -> None:
+    """Both contexts of Eq. 4 for every caption, written beside the latents."""
+    for example in tqdm(examples, desc="encoding captions", disable=None):
         prompts = list(example.row.captions)
         contexts = list(reader.text_context(prompts))                   # c_s = f_text(y)
         if example.kind:
             contexts += reader.teacher_texts(example.kind, prompts, [example.target()] * len(prompts),
                                              [len(example.row.sources)] * len(prompts))  # c_t = f_mm(y, x0)
-        # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
-        copies = [tensor.detach().cpu().clone() for tensor in (*pictures, *contexts)]
-        encoded = dict(zip(example.names(), copies, strict=True))
-        if broken := [name for name, tensor in encoded.items() if not tensor.isfinite().all()]:
-            raise InputError(f"{example.row.image or prompts[0]}: its {broken[0]} has values that are not finite; copy "
-                             "or download VAE, text encoder and VLM again, or use --dtype float32")
-        files.write_tensors(example.file, encoded)
+        pictures = files.read_tensors(example.file) or {}
+        write(example, {name: pictures[name] for name in example.pictures()}
+              | dict(zip(example.texts(), contexts, strict=True)))
+
+
+def write(example: Example, encoded: dict[str, Tensor]) -> None:
+    """An example's file. Raises InputError where values are not finite."""
+    if broken := [name for name, tensor in encoded.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{example.row.image or example.row.captions[0]}: its {broken[0]} has values that are not "
+                         "finite; copy or download VAE, text encoder and VLM again, or use --dtype float32")
+    # Copies: safetensors refuses tensors that share memory, as rows of one encoder batch do.
+    files.write_tensors(example.file, {name: tensor.detach().cpu().clone() for name, tensor in encoded.items()})
 
 
 def warn_enlarged(examples: list[Example]) -> None:
@@ -205,9 +218,7 @@ def warn_enlarged(examples: list[Example]) -> None:
               "larger images or a smaller --size look sharper", file=sys.stderr)
 
 
-def content_key(row: Row, shape: Shape, area: int, key: str) -> str:
-    """Name of a row's cache file: a hash of the images' bytes, the captions, the shape, what sources are fitted to, and
-    `key`."""
-    images = [hashlib.sha256(path.read_bytes()).hexdigest() if path else "" for path in (row.image, *row.sources)]
-    content = json.dumps([CACHE_FORMAT, key, images, shape, area if row.sources else 0, row.captions])
-    return hashlib.sha256(content.encode()).hexdigest()[:40]
+def content_of(row: Row) -> str:
+    """A hash of the images' bytes."""
+    paths = (row.image, *row.sources)
+    return hash_of([hashlib.sha256(path.read_bytes()).hexdigest() if path else "" for path in paths])

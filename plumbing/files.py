@@ -27,6 +27,7 @@ class InputError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- finding
+NETWORK_JSON = ("config.json", "preprocessor_config.json")
 PIPELINE = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
 
 
@@ -74,7 +75,7 @@ def read_json(path: Path, *needed: str) -> dict:
     return content
 
 
-def shards(folder: Path, prefix: str = "") -> dict[Path, list[str]]:
+def shards(folder: Path, prefix: str | tuple[str, ...] = "") -> dict[Path, list[str]]:
     """Weight file -> names of its tensors that start with `prefix`, for one model folder.
 
     Understands a single file or several with a `*.safetensors.index.json`. Raises InputError when a shard is missing.
@@ -200,15 +201,21 @@ def visible_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions") from None
 
 
-def model_key(folder: Path, *subfolders: str) -> str:
-    """Identity of model folders by content, wherever they lie: configs, tokenizers, weights. Raises InputError."""
+def model_key(folder: Path, *subfolders: str, prefix: str | tuple[str, ...] = "") -> str:
+    """Identity of model folders by the content that is read, wherever they lie. Raises InputError.
+
+    Configs, and the weight files that have tensors that start with `prefix`; all of a tokenizer.
+    """
     digest = hashlib.sha256()
     for subfolder in subfolders or (".",):
         path = Path(folder) / subfolder
         if not path.is_dir():
             raise InputError(f"{path}: no such folder; the checkpoint is incomplete, copy or download it again")
+        is_network = any(path.glob("*.safetensors"))
+        used = shards(path, prefix) if is_network else {}
         for file in visible_files(path):
-            if file.suffix in (".json", ".txt", ".jinja", ".safetensors"):
+            is_config = file.name in NETWORK_JSON or file.name.endswith(".safetensors.index.json")
+            if file in used or (is_config if is_network else file.suffix in (".json", ".txt", ".jinja")):
                 digest.update(f"{subfolder}/{file.name}:{file.stat().st_size}:".encode() + sampled_hash(file))
     return digest.hexdigest()[:40]
 
@@ -279,7 +286,12 @@ def append_json_line(path: Path, content: dict) -> None:
 
 
 def keep_json_lines(path: Path, wanted: Callable[[dict], bool]) -> None:
-    """Drop the other lines of a .jsonl file, and half a line at its end."""
+    """Drop the other lines of a .jsonl file, and half a line at its end. Raises InputError for what is no line of ours.
+    """
     if path.is_file():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        write_bytes(path, "".join(line + "\n" for line in whole if wanted(json.loads(line))).encode())
+        *whole, _ = path.read_bytes().split(b"\n")
+        try:
+            kept = [line + b"\n" for line in whole if wanted(json.loads(line))]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{path}: has lines that are not of this run; mend it or move it away") from None
+        write_bytes(path, b"".join(kept))

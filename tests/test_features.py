@@ -134,11 +134,37 @@ def test_broken_cache_files_are_encoded_again(tmp_path):
     examples[0].file.write_bytes(whole[0][:-20])
     examples[1].file.write_bytes(b"")
     examples[2].file.write_bytes(b"garbage" * 100)
-    save_file({"latents": torch.zeros(3, 4, 4)}, examples[3].file)
+    save_file({"student.0": torch.zeros(3, 5)}, examples[3].file)
     loader = Loader()
     loader.prepare(folder, cache)
     assert len(loader.encoded) == 4
     assert [example.file.read_bytes() for example in examples] == whole
+
+
+def test_latents_are_written_as_they_are_encoded(tmp_path, monkeypatch):
+    """What ends between VAE and encoder, or between two pictures, has not worked for nothing."""
+    folder, cache = sidecars(tmp_path / "data", size=(16, 16)), tmp_path / "cache"
+    whole = [example.file.read_bytes() for example in Loader().prepare(folder, tmp_path / "other")]
+    encode, done = FakeVae.encode, []
+
+    def fails_at_the_third(self, image):
+        done.append(1 / (2 - len(done)))
+        return encode(self, image)
+
+    monkeypatch.setattr(FakeVae, "encode", fails_at_the_third)
+    with pytest.raises(ZeroDivisionError):
+        Loader().prepare(folder, cache)
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(FakeVae, "encode", lambda self, image: done.append(0) or encode(self, image))
+    monkeypatch.setattr(FakeEncoder, "text_context", lambda self, prompts: 1 / 0)
+    loader = Loader()
+    with pytest.raises(ZeroDivisionError):
+        loader.prepare(folder, cache)
+    assert len(done) == 2 + 2 and loader.loads == ["FakeVae", "FakeEncoder"]
+    monkeypatch.undo()
+    loader = Loader()
+    examples = loader.prepare(folder, cache)
+    assert loader.loads == ["FakeEncoder"] and [example.file.read_bytes() for example in examples] == whole
 
 
 def test_without_teacher(tmp_path):
@@ -252,4 +278,5 @@ def test_what_is_not_finite_is_not_cached(tmp_path, monkeypatch, kind):
     what = "latents" if kind is FakeVae else "teacher.0"
     with pytest.raises(InputError, match=rf"a\.png: its {what} has values that are not finite; copy or download"):
         Loader().prepare(sidecars(tmp_path / "data"), tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*"))
+    for file in (tmp_path / "cache").glob("*"):                         # latents that are good may stay
+        assert kind is FakeEncoder and load_file(file).keys() == {"latents"}

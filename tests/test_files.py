@@ -238,8 +238,29 @@ def test_model_key(tmp_path):
     keys = {first, files.model_key(model("trained", 2.0), "vae"), files.model_key(model("config", 1.0, 8), "vae"),
             files.model_key(tmp_path / "one" / "vae")}
     assert len(keys) == 4  # same header and size, other weights: another model
+    for other in ("generation_config.json", "chat_template.jinja", "notes.txt", "README.md"):     # nobody reads these
+        (tmp_path / "one" / "vae" / other).write_text("{}")
+    assert files.model_key(tmp_path / "one", "vae") == first
+    (tmp_path / "one" / "tokenizer").mkdir()
+    for text in ("{}", "{ }"):
+        (tmp_path / "one" / "tokenizer" / "tokenizer.json").write_text(text)
+        keys.add(files.model_key(tmp_path / "one", "tokenizer"))
+    assert len(keys) == 6
     with pytest.raises(InputError, match="text_encoder: no such folder"):
         files.model_key(tmp_path / "one", "vae", "text_encoder")
+
+
+def test_key_of_some_weights(tmp_path):
+    """Of a VLM, the shards of the vision tower count, and the others may as well be absent."""
+    for name in ("visual", "language"):
+        save_file({f"{name}.w": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"visual.w": "visual.safetensors", "language.w": "language.safetensors"}}))
+    whole, part = files.model_key(tmp_path), files.model_key(tmp_path, prefix=("model.visual.", "visual."))
+    (tmp_path / "language.safetensors").unlink()
+    assert files.model_key(tmp_path, prefix=("model.visual.", "visual.")) == part != whole
+    save_file({"visual.w": torch.ones(2)}, tmp_path / "visual.safetensors")
+    assert files.model_key(tmp_path, prefix=("model.visual.", "visual.")) != part
 
 
 def test_large_files_are_sampled(tmp_path):
