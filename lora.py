@@ -48,15 +48,8 @@ class Adapter:
 
     @torch.no_grad()
     def load_tensors(self, saved: dict[str, Tensor]) -> None:
-        """Take over, in place, what `tensors` gave. Raises InputError unless names and shapes are the same."""
-        own = self.tensors()
-        if own.keys() != saved.keys():
-            name = sorted(own.keys() ^ saved.keys())[0]
-            raise InputError(f"saved adapter: tensor {name} is on one side only; resume with the options of that run")
-        for name, tensor in own.items():
-            if tensor.shape != saved[name].shape:
-                raise InputError(f"saved adapter: {name} has shape {tuple(saved[name].shape)}, this run needs "
-                                 f"{tuple(tensor.shape)}; resume with the rank of the run")
+        """Take over, in place, what `tensors` gave."""
+        for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
 
 
@@ -147,10 +140,9 @@ class Tuned:
                 for name, tensor in adapter.tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises InputError unless names and shapes are the same."""
+        """Take over what `state` gave."""
         for side, adapter in self._sides():
-            adapter.load_tensors({name.removeprefix(f"{side}."): tensor for name, tensor in state.items()
-                                  if name.startswith(f"{side}.")})
+            adapter.load_tensors({name: state[f"{side}.{name}"] for name in adapter.tensors()})
 
     def save(self, folder: Path, metadata: dict[str, str], with_teacher: bool) -> None:
         """student.safetensors and, on demand, teacher.safetensors, for `sample.py` and other programs."""

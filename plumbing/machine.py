@@ -103,6 +103,11 @@ def recomputes(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> boo
     return step_gb(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model) > 0.9 * free_gb(device)
 
 
+def in_words(gb: float) -> str:
+    """Memory for people."""
+    return f"{gb:.1f} GB" if gb >= 1 else f"{1024 * gb:.0f} MB"
+
+
 def free() -> None:
     """Give the memory of dropped models back."""
     gc.collect()

@@ -1,9 +1,12 @@
 """How the programs end: one line for a mistake, a saved state for Ctrl-C, no traceback for either."""
+import io
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 
 from plumbing.files import InputError
 
@@ -38,10 +41,19 @@ def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> N
 
     less_memory: which of its options help when CUDA is out of memory.
     """
+    for stream in (sys.stdout, sys.stderr):                             # a name that it cannot spell ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # photographs of 90 megapixels are meant
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                                            # such as a name that is too long, a full disk
+        print(f"error: {str(error.filename or 'output')[:200]}: {error.strerror}; give another path, or free some "
+              "space", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         detail = ". ".join(str(error).splitlines()[0].split(". ")[1:3])  # how much was tried, how large the GPU is

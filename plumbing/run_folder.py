@@ -1,8 +1,10 @@
 """A run and its folder: the state between two steps, saving and resuming it, its log, and what it was made with."""
 import dataclasses
 import importlib.metadata
+import math
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,14 +20,14 @@ from lora import Tuned
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
                             read_json, write_json, write_tensors)
-from plumbing.machine import peak_memory_gb, training_gb
+from plumbing.machine import in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.train_options import UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
-        "device", "data", "keep", "caption")
+        "device", "data", "keep", "caption", "save_all")
 STATE = "state.safetensors"
 TRAINED = (STATE, "student.safetensors", "teacher.safetensors")
 
@@ -35,7 +37,7 @@ def out_folder(cfg) -> Path:
     return Path(cfg.out or Path("out") / "+".join(names_of(cfg.data)))
 
 
-def open_run(cfg, out: Path, fingerprint: str) -> None:
+def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
     if out.resolve() in [Path(path).resolve() for path in cfg.data]:
         raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
@@ -51,9 +53,11 @@ def open_run(cfg, out: Path, fingerprint: str) -> None:
             if name not in FREE and plain(before.get(name, value)) != plain(value):
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
-        if config.get("data") != fingerprint:
-            raise InputError(f"--resume: the images or captions in {', '.join(cfg.data)} are not those that this run "
-                             "began with; restore them, or start a new run with another --out")
+        known = config.get("data")
+        if differs := [what for what, value in fingerprint.items()
+                       if not isinstance(known, dict) or known.get(what) != value]:
+            raise InputError(f"--resume: {' and '.join(differs)} are not those that this run began with (--data "
+                             f"{', '.join(cfg.data)}); restore them, or start a new run with another --out")
         return
     if found := [name for name in TRAINED if (out / name).exists()]:
         way = "continue it with --resume" if STATE in found else f"its {STATE} is gone, so move it away"
@@ -103,6 +107,7 @@ class Run:
     def __init__(self, cfg, out: Path, tuned: Tuned, with_teacher: bool) -> None:
         """with_teacher: whether the teacher's adapter is worth a file of its own."""
         self.cfg, self.out, self.tuned, self.with_teacher, self.step = cfg, out, tuned, with_teacher, 0
+        self.recent, self.lowest = deque[float](maxlen=20), math.inf    # losses, and the least that their mean was
         self.optimizer = torch.optim.AdamW(tuned.parameters().values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=0.0)
 
@@ -113,7 +118,8 @@ class Run:
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "quantize": self.cfg.quantize,
                  "step": str(self.step)}
-        self.tuned.save(self.out, facts, self.with_teacher)
+        for folder in [self.out] + [self.out / f"step_{self.step:06d}"] * self.cfg.save_all:
+            self.tuned.save(folder, facts, self.with_teacher)
         write_tensors(self.out / STATE, state, {"step": str(self.step)})
 
     @contextmanager
@@ -128,35 +134,56 @@ class Run:
             raise
 
     def load(self) -> None:
-        """Continue from the state file. Raises InputError when it does not belong to these options."""
+        """Continue from the state file. Raises InputError when it is damaged or does not belong to these options."""
         with open_safetensors(self.out / STATE) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            self.step = int((file.metadata() or {}).get("step", 0))
+            step = (file.metadata() or {}).get("step", "")
+        shapes = {name: tensor.shape for name, tensor in self.tuned.state().items()}
+        for name, parameter in self.tuned.parameters().items():
+            shapes |= {f"adam.{name}.step": torch.Size(()), f"adam.{name}.exp_avg": parameter.shape,
+                       f"adam.{name}.exp_avg_sq": parameter.shape}
+        wrong = shapes.keys() ^ state.keys() or {name for name, tensor in state.items() if tensor.shape != shapes[name]
+                                                 or not tensor.isfinite().all()}
+        if wrong or not step.isdecimal():
+            raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, not finite "
+                             "or of another shape; restore the file, or start a new run with another --out")
+        self.step = int(step)
         if self.step > self.cfg.steps:
             raise InputError(f"--steps {self.cfg.steps}: the run in {self.out} has done {self.step}; give more")
         if self.step == self.cfg.steps:
             print(f"note: the run in {self.out} has done its {self.step} steps; a larger --steps goes on")
         self.tuned.load_state(state)
         for name, parameter in self.tuned.parameters().items():
-            prefix = f"adam.{name}."
-            moments = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            self.optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device)
-                                               for key, value in moments.items()}
+            self.optimizer.state[parameter] = {key: state[f"adam.{name}.{key}"].to("cpu" if key == "step" else
+                                                                                   parameter.device)
+                                               for key in ("step", "exp_avg", "exp_avg_sq")}
 
     def log(self, loss: float, losses: dict[str, float], norm: float, seconds: float) -> str:
         """One more line of metrics.jsonl; returns the same for people. losses: of each task, of which `loss` is the
         weighted mean."""
+        self.watch(loss)
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
         append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
                                                       "gradient_norm": norm, "seconds": seconds,
                                                       "peak_memory_gb": memory})
         shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
-        said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {memory:.2f} GB"
+        said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {in_words(memory)}"
         if not sys.stderr.isatty() and (self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps):
             print(f"step {self.step} of {self.cfg.steps}: {said}", flush=True)      # instead of a bar
         return said
 
-    def begin(self, recipe: str, data: str) -> None:
+    def watch(self, loss: float) -> None:
+        """One line on stderr, once, when the mean of twenty losses is a hundred times what it was."""
+        self.recent.append(loss)
+        mean = sum(self.recent) / 20
+        if len(self.recent) == 20 and mean > 100 * self.lowest:
+            print(f"warning: step {self.step}: the loss has grown a hundredfold, to {mean:.3g}; a smaller --lr may be "
+                  "needed", file=sys.stderr)
+            self.lowest = math.inf
+        elif len(self.recent) == 20:
+            self.lowest = min(self.lowest, mean)
+
+    def begin(self, recipe: str, data: dict[str, str]) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
         keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
         write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg), "data": data,
@@ -168,7 +195,7 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
     shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
     trained = sum(tensor.numel() for tensor in run.tuned.parameters().values())
     memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model)
-    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {memory:.2g} GB"
+    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {in_words(memory)}"
           f"{', blocks recomputed' * cfg.checkpointing}")
     values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None]
     print(f"recipe   {recipe.name}: {', '.join(values)}")

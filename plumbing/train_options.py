@@ -72,6 +72,7 @@ class Options:
     out: str | None = option(None, "folder of the run (default: out/NAME of the data)", OUTPUT)
     resume: bool = option(False, "continue the run in --out as if it had never stopped", OUTPUT)
     save_every: int = option(None, "number of optimizer steps between saves", OUTPUT)
+    save_all: bool = option(False, "keep the adapters of every save, in OUT/step_N", OUTPUT)
     sample_every: int = option(None, "number of optimizer steps between panels; 0 draws none", OUTPUT)
     panel_prompt: list[str] = option([], "prompt of a further row of the panels, for which the teacher sees the first "
                                      "image; repeatable", OUTPUT)
@@ -101,6 +102,8 @@ def check_values(cfg: Options, method: Method) -> None:
     if cfg.grad_states is not None and "learned" not in method.needs and not (keeps and method.keeps == "dopsd"):
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, off-policy and for --keep, not "
                          f"{cfg.method}; leave it out")
+    if not all(prompt.strip() for prompt in cfg.panel_prompt):
+        raise InputError("--panel-prompt: empty; write what the picture shows")
     teachers = cfg.teacher_lora
     if teachers and len(teachers) != len(cfg.data):
         raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "

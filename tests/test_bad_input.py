@@ -1,5 +1,6 @@
 """Bad input, through train.main and sample.main: one line with file, value and remedy; nothing is written or lost."""
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -294,6 +295,14 @@ def test_photographs_for_a_toy_are_a_warning(place, capsys):
     assert "--model Tongyi-MAI/Z-Image-Turbo" in said[0]
 
 
+def test_captions_without_a_word_of_their_own_get_advice(place, capsys):
+    for caption, said in (("a red star", 1), ("a red [V] star", 0)):
+        for path in place.data.glob("*.txt"):
+            path.write_text(caption)
+        assert train.main(train_words(place, "--out", place.root / f"run{said}")) == 0
+        assert capsys.readouterr().err.count("note: no caption says [V]; a concept is learned best") == said
+
+
 def test_weights_of_other_kinds(place, monkeypatch):
     """A single file, pickles, GGUF: what they are is said, and nothing is asked of the hub."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
@@ -427,6 +436,21 @@ def test_programs_report_in_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
         run_program(lambda: 130)
     assert caught.value.code == 130
+    for error, line in ((InputError("a\nb.png: broken"), "error: a b.png: broken\n"),
+                        (OSError(36, "File name too long", "a" * 300), f"error: {'a' * 200}: File name too long; give"),
+                        (OSError(28, "No space left on device"), "error: output: No space left on device; give")):
+        with pytest.raises(SystemExit) as caught:
+            run_program(lambda: (_ for _ in ()).throw(error))
+        shown = capsys.readouterr().err
+        assert caught.value.code == 2 and shown.startswith(line) and shown.count("\n") == 1
+
+
+def test_a_console_that_cannot_spell_a_prompt(place):
+    """Python on Windows writes cp1252 into files; a picture with a Chinese name and prompt is drawn all the same."""
+    path = place.root / "星.png"
+    done = subprocess.run([*program("sample.py"), *sample_words(place, "--prompt", "红色的星", "--out", path)],
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and path.is_file() and rb"\u661f.png" in done.stdout and b"Traceback" not in done.stderr
 
 
 def test_sample_out_of_memory_names_options_that_it_has(place, monkeypatch, capsys):

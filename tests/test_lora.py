@@ -146,10 +146,6 @@ def test_state_round_trip(model, adapter):
     fresh.load_tensors({name: tensor.detach().clone() for name, tensor in adapter.tensors().items()})
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), adapter.parameters()))
     assert torch.equal(velocity(model, fresh), velocity(model, adapter))  # blocks see the new values
-    with pytest.raises(InputError, match="one side only"):
-        fresh.load_tensors({})
-    with pytest.raises(InputError, match="shape"):
-        fresh.load_tensors(lora.create(model, RANK + 1, ALPHA, seed=1).tensors())
 
 
 # ---------------------------------------------------------------------------------------------------- our files

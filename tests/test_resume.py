@@ -1,6 +1,7 @@
 """train.py stopped in every way: killed, Ctrl-C, full disk, non-finite numbers; and continued bit for bit."""
 import contextlib
 import errno
+import math
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from plumbing import files, run_folder
 from plumbing.backbone import Backbone
 from plumbing.files import ROOT, InputError
 from plumbing.program import run as run_program
+from plumbing.run_folder import Run
 
 STATE = "state.safetensors"
 FILES = ("student.safetensors", "teacher.safetensors", STATE)
@@ -150,13 +153,72 @@ def test_seed_changes_everything(run):
     assert not torch.equal(left["student.layers.0.attention.to_q.A"], right["student.layers.0.attention.to_q.A"])
 
 
+def changed(content: dict, name: str, tensor) -> dict:
+    return {**content, name: tensor}
+
+
+ADAM, WEIGHT = "adam.layers.0.attention.to_q.A.exp_avg", "student.layers.0.attention.to_q.A"
+STATES = {  # what a state file may have been damaged to
+    "without moments": lambda c: {name: t for name, t in c.items() if not name.startswith("adam.")},
+    "without one moment": lambda c: {name: t for name, t in c.items() if name != ADAM},
+    "a moment of another shape": lambda c: changed(c, ADAM, torch.zeros(2, 2)),
+    "a moment that is not finite": lambda c: changed(c, ADAM, c[ADAM] / 0),
+    "without the adapter": lambda c: {name: t for name, t in c.items() if name != WEIGHT},
+    "an adapter of another rank": lambda c: changed(c, WEIGHT, torch.zeros(7, 32)),
+    "an unknown tensor": lambda c: changed(c, "other", torch.zeros(2)),
+    "without a step": lambda c: c, "half a file": lambda c: c, "empty": lambda c: {}}
+
+
 @pytest.mark.quick
-def test_damaged_state_is_one_line(run, tmp_path):
+def test_damaged_states_are_one_line(run, tmp_path):
     out = run("damaged", "--steps", 1)
-    content = (out / STATE).read_bytes()
-    (out / STATE).write_bytes(content[:len(content) // 2])
-    with pytest.raises(InputError, match=re.escape(str(out / STATE))):
-        run("damaged", "--steps", 2, "--resume")
+    content, whole = load_file(out / STATE), (out / STATE).read_bytes()
+    metrics_before = (out / "metrics.jsonl").read_bytes()
+    for name, damage in STATES.items():
+        files.write_tensors(out / STATE, damage(content), {} if name == "without a step" else {"step": "1"})
+        if name == "half a file":
+            (out / STATE).write_bytes(whole[:len(whole) // 2])
+        before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        with pytest.raises(InputError, match=re.escape(str(out / STATE))):
+            run("damaged", "--steps", 2, "--resume")
+        assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}, name
+    (out / STATE).write_bytes(whole)
+    for tail in (b"garbage\n", b'{"a": 1}\n', b"[]\n", b'{"step": "x"}\n', b"\x00\xff\n"):
+        (out / "metrics.jsonl").write_bytes(metrics_before + tail + metrics_before)
+        with pytest.raises(InputError, match="metrics.jsonl: has lines that are not of this run; mend it or move it"):
+            run("damaged", "--steps", 2, "--resume")
+        assert (out / STATE).read_bytes() == whole
+    (out / "metrics.jsonl").write_bytes(metrics_before + b'{"step": 2, \xff\x00')     # a crash cut this one off
+    run("damaged", "--steps", 2, "--resume")
+    assert_same_run(out, run("whole", "--steps", 2))
+
+
+def test_earlier_adapters_can_be_kept(run, tmp_path):
+    out = run("kept", "--steps", 3, "--save-every", 2, "--save-all")
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_000002", "step_000003"]
+    for step in (2, 3):
+        whole = run(f"to {step}", "--steps", step)
+        for name in FILES[:2]:
+            kept = load_file(out / f"step_{step:06d}" / name)
+            for other in (whole, *([out] if step == 3 else [])):
+                tensors = load_file(other / name)
+                assert kept.keys() == tensors.keys() and all(torch.equal(kept[key], tensors[key]) for key in kept)
+
+
+@pytest.mark.quick
+def test_a_loss_that_grows_is_said_once(checkpoint, capsys):
+    run = Run.__new__(Run)
+    run.recent, run.lowest, run.step = deque(maxlen=20), math.inf, 7
+    for loss in [1.0] * 30 + [0.1] * 30 + [9.9] * 30:                   # 99 times its lowest mean
+        run.watch(loss)
+    assert capsys.readouterr().err == ""
+    for _ in range(60):
+        run.watch(10.1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "warning: step 7: the loss has grown a hundredfold, to 10" in error
+    for loss in [20.0] * 60 + [2100.0] * 60:                            # and again, from there
+        run.watch(loss)
+    assert capsys.readouterr().err.count("hundredfold") == 1
 
 
 # ---------------------------------------------------------------------------------------------------- Ctrl-C
@@ -411,7 +473,7 @@ def test_resume_with_edited_data_is_refused(base, run, photos, tmp_path):
     run("edited", "--data", data, "--steps", 1)
     before = (tmp_path / "edited" / STATE).read_bytes()
     (data / "0.txt").write_text("a big red star")
-    with pytest.raises(InputError, match="not those that this run began with"):
+    with pytest.raises(InputError, match="--resume: captions are not those that this run began with"):
         run("edited", "--data", data, "--steps", 2, "--resume")
     assert (tmp_path / "edited" / STATE).read_bytes() == before
 
