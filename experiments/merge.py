@@ -31,13 +31,14 @@ from experiments.results import Results, facts_of, fingerprint
 from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder
 from plumbing import lora_files
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
-from plumbing.files import check_writable, write_bytes, write_json_lines
+from plumbing.files import check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
 from plumbing.train_options import NONE
 from train import METHODS
 from tiny import concepts as drawing
+from tiny.adapters import combined
 from tiny.concepts import Concept
 from tiny.score import Judge, Prompts, named_captions, named_prompts, of_concept, of_ordinary, ordinary_prompts
 from tiny.world import COLUMN, Renderer
@@ -102,7 +103,7 @@ def prepare(settings: Settings, parent: Path) -> list[Concept]:
     render, found = Renderer(), []
     for kind, row in [*objects, style]:
         concept = drawing.write(kind, row, parent / "pictures", settings.draw_seed, render, named=True)
-        write_json_lines(captions_folder(concept) / "metadata.jsonl",
+        drawing.write_json_lines(captions_folder(concept) / "metadata.jsonl",
                          ({"text": text} for text in texts_of(concept, settings)[1]))
         found.append(concept)
     return found
@@ -169,7 +170,7 @@ class Examiner:
         training, measures = measurement.training, {}
         if training.method in ("sum", "average"):
             teachers = [lora_files.load(file, self.judge.net) for file in self.plan.teacher_files(training.seed)]
-            adapter = lora_files.combined(teachers, 1 / len(teachers) if training.method == "average" else 1.0)
+            adapter = combined(teachers, 1 / len(teachers) if training.method == "average" else 1.0)
         is_teacher = (training.method, training.options) == ROWS[TEACHER]
         for name in [training.concept, ""] if is_teacher else [training.concept]:
             reading = self.judge.reader(self.judge.draw(*self.inputs[name], adapter, self.plan.recipe.inference_steps))

@@ -13,11 +13,11 @@ from statistics import fmean
 
 import data
 import train
-from tiny.concepts import Concept
+from tiny.concepts import Concept, write_json_lines
 from experiments.measure import METRICS
 from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.recipes import Recipe
-from plumbing.files import InputError, append_json_line, model_key, write_json_lines
+from plumbing.files import InputError, append_json_line, model_key
 
 RECIPE = ("rollout_steps", "inference_steps", "batch_size", "accumulate", "rank", "alpha", "ema", "loss", "size",
           "beta")

@@ -10,7 +10,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -269,11 +269,6 @@ def write_tensors(path: Path, weights: dict[str, torch.Tensor], metadata: dict[s
     """Write a safetensors file, atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_bytes(path, to_bytes(on_cpu, metadata))
-
-
-def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """A .jsonl file, whole or not at all."""
-    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_json_line(path: Path, content: dict) -> None:

@@ -1,6 +1,6 @@
 """LoRA files as people have them: one `load` for the spellings of PEFT, diffusers, ComfyUI, kohya and others.
 
-Our own files are written by `lora.save`, in diffusers' spelling. `combined` adds up what was loaded.
+Our own files are written by `lora.save`, in diffusers' spelling.
 """
 import json
 import math
@@ -9,7 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora import Adapter
@@ -71,21 +70,6 @@ def warn_other_weights(path: Path | str, quantize: str) -> None:
     if trained != quantize:
         print(f"warning: {path}: trained with --quantize {trained}, used with {quantize}; pictures differ a little",
               file=sys.stderr)
-
-
-def combined(adapters: list[Adapter], weight: float = 1.0) -> Adapter:
-    """The adapter whose change of every layer is `weight` times the sum of theirs; its rank is the sum of the ranks.
-
-    sum_i s_i B_i A_i = [s_1 B_1 | s_2 B_2 | ...] [A_1; A_2; ...]: exact, nothing is truncated. A layer may be missing
-    in some.
-    """
-    weights = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
-        parts = [(*adapter.weights[name], adapter.scale) for adapter in adapters if name in adapter.weights]
-        weights[name] = (torch.cat([A.detach() for A, _, _ in parts]),                       # (sum of ranks, in)
-                         torch.cat([weight * scale * B.detach() for _, B, scale in parts], 1))  # (out, sum of ranks)
-    rank = max(len(A) for A, _ in weights.values())
-    return Adapter(weights, rank, alpha=rank)                                                # scale 1
 
 
 def _check_backbone(path: Path, keys: list[str], own: Backbone) -> None:

@@ -14,6 +14,7 @@ from test_model import difference, inputs, ours, reference, their_velocity
 import lora
 from plumbing import lora_files
 from plumbing.files import InputError
+from tiny.adapters import combined
 
 pytestmark = pytest.mark.quick
 
@@ -176,12 +177,12 @@ def test_sum_and_average_against_dense_matrices(model):
         A, B = adapter.weights[name]
         return adapter.scale * B @ A
     for weight in (1.0, 0.5):
-        found = lora_files.combined([first, second], weight)
+        found = combined([first, second], weight)
         assert found.weights.keys() == first.weights.keys() and found.scale == 1
         for name in found.weights:
             dense = change(first, name) + (change(second, name) if name != missing else 0)
             torch.testing.assert_close(change(found, name), weight * dense)
     assert not any(tensor.requires_grad for tensor in found.parameters())
     doubled = lora.Adapter({name: (A, 2 * B) for name, (A, B) in first.weights.items()}, 3, 6)
-    torch.testing.assert_close(velocity(model, lora_files.combined([first, first])), velocity(model, doubled),
+    torch.testing.assert_close(velocity(model, combined([first, first])), velocity(model, doubled),
                                rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import data
-from plumbing.files import ROOT, InputError, write_bytes, write_json_lines
+from plumbing.files import ROOT, InputError, write_bytes
 from plumbing.pictures import open_image, save_png, to_tensor
 from tiny import world
 from tiny.metrics import Reader
@@ -173,3 +173,8 @@ def read(folder: Path, reader: Reader) -> Concept:
         raise InputError(f"{folder}: its images show {' and '.join(seen[:2])}; give {PICTURES} images of one {kind} of "
                          "the world (tiny/world.py), or the measures cannot be exact")
     return Concept(folder.resolve().name, kind, tuple(found[0].tolist()), folder.resolve(), key_of(rows))
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """A .jsonl file, whole or not at all."""
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

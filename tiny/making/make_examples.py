@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import ROOT, write_json_lines
-from tiny.concepts import CHALK, STAR
+from plumbing.files import ROOT
+from tiny.concepts import CHALK, STAR, write_json_lines
 from tiny.edits import Edits, changed, instruction
 from tiny.world import (Renderer, caption, draw_marks, draw_scenes, generator, held_out_object, held_out_style,
                         random_tell, scene, to_pil)
