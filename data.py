@@ -11,6 +11,7 @@ Differs from the paper / official code:
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from encoder import IMAGE_TOKEN, contexts
 from model import Context
-from plumbing.files import InputError, open_safetensors, visible_files
+from plumbing.files import InputError, is_text, open_safetensors, real, visible_files
 from plumbing.pictures import Shape, crop, open_image
 
 NO_IMAGE = (1, 1)  # the size of rows without an image: a square
@@ -64,12 +65,13 @@ def read_folder(data: Path | str, captions_suffice: bool = False, caption: str =
     captions_suffice: .txt files without images and lines without file_name are rows, too. caption: of images in (a)
     without one of their own.
     """
-    data = Path(data).expanduser()
+    data = Path(os.path.expanduser(data))
     is_file = data.is_file() and data.suffix.lower() == ".jsonl"
     rows = read_jsonl(data, captions_suffice) if is_file else read_files(data, captions_suffice, caption)
     for row in rows:
-        if any(IMAGE_TOKEN in text for text in row.captions):
-            raise InputError(f"{row.image or data}: its caption has {IMAGE_TOKEN}, the mark of an image; remove it")
+        if any(IMAGE_TOKEN in text or not is_text(text) for text in row.captions):
+            raise InputError(f"{row.image or data}: its caption has {IMAGE_TOKEN}, the mark of an image, or what UTF-8 "
+                             "cannot spell; remove it")
     return rows
 
 
@@ -91,9 +93,9 @@ def read_files(data: Path, captions_suffice: bool, caption: str) -> list[Row]:
 
 def say_unused(folder: Path, used: list[Path]) -> None:
     """One line on stderr for the files of a folder that are not read."""
-    known = {path.resolve() for path in used}
+    known = {real(path) for path in used}
     left = [path for path in sorted(folder.iterdir())
-            if path.resolve() not in known and not path.is_dir() and not path.name.startswith(".")]
+            if real(path) not in known and not path.is_dir() and not path.name.startswith(".")]
     kinds = Counter((path.suffix.lower() or "without a suffix") if path.exists() else "broken link" for path in left)
     if left:
         print(f"note: {folder}: not used: {', '.join(f'{count} {kind}' for kind, count in kinds.items())} (first "
@@ -141,7 +143,7 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not valid JSON ({error}); correct or remove this line") from None
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object {{...}}, found {type(entry).__name__}; correct this line")
@@ -160,16 +162,16 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object per image and line")
     if path.name == "metadata.jsonl":
-        listed = {file.resolve() for row in rows for file in (row.image, *row.sources) if file}
+        listed = {real(file) for row in rows for file in (row.image, *row.sources) if file}
         for image in visible_files(path.parent):
-            if image.suffix.lower() in IMAGE_SUFFIXES and image.resolve() not in listed:
+            if image.suffix.lower() in IMAGE_SUFFIXES and real(image) not in listed:
                 raise InputError(f"{image}: an image without a caption; add a line for it to {path.name}, or remove it")
     return rows
 
 
 def find(name: str, path: Path, is_official: bool) -> Path:
     """A picture named in the file at `path`: beside that, or, in a release, below the project folder above it."""
-    folders = (path.parent, *path.resolve().parent.parents) if is_official else (path.parent,)
+    folders = (path.parent, *real(path).parent.parents) if is_official else (path.parent,)
     return next((folder / name for folder in folders if (folder / name).is_file()), path.parent / name)
 
 

@@ -46,7 +46,7 @@ class Features:
         """cfg: of train.py; kind: of the teacher's context, "" where no teacher is shown the target; cache: folder of
         the features; in_panels: whether panels show its prompts. Raises InputError."""
         self.cfg, self.folder, self.recipe, self.cache = cfg, folder, recipe, cache
-        files.check_writable(cache, f"--cache {cache}")
+        files.check_ours(cache, f"--cache {cache}")
         if photos := [row.image for row in rows if max(row.size) > 1000 and cfg.size < 256]:
             print(f"warning: photographs: {len(photos)} of {len(rows)} images, first {photos[0]}; this model draws "
                   f"{cfg.size} pixels of a toy world; give --model Tongyi-MAI/Z-Image-Turbo", file=sys.stderr)

@@ -27,6 +27,16 @@ class InputError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- finding
+def real(path: Path | str) -> Path:
+    """Where a path leads, through ~ and links. Unlike pathlib's own, it takes unknown users and links to themselves."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def is_text(words: str) -> bool:
+    """Whether UTF-8 can spell it; bytes of another encoding on a command line become characters that it cannot."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in words)
+
+
 NETWORK_JSON = ("config.json", "preprocessor_config.json")
 PIPELINE = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
 
@@ -37,7 +47,7 @@ def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] 
     marker: file that must be there (model_index.json of a pipeline, config.json of a VLM).
     patterns: hub files to download (globs). Raises InputError.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in "
@@ -233,6 +243,13 @@ def sampled_hash(path: Path, samples: int = 256, length: int = 65536) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+def check_ours(folder: Path, what: str) -> None:
+    """Raises InputError, beginning with `what`, unless a run can write into `folder`; makes nothing."""
+    if (folder / "config.json").exists() and "options" not in read_json(folder / "config.json"):
+        raise InputError(f"{what}: holds something else (its config.json is not ours); choose another folder")
+    check_writable(folder, what)
+
+
 def check_writable(folder: Path, what: str) -> None:
     """Raises InputError, beginning with `what`, unless `folder` can be made or written to; makes nothing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())

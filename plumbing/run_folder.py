@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.metadata
 import math
+import os
 import subprocess
 import sys
 from collections import deque
@@ -18,8 +19,8 @@ except ImportError:             # Windows
 
 from lora import Tuned
 from plumbing.checkpoints import EMBEDDED
-from plumbing.files import (ROOT, InputError, append_json_line, check_writable, keep_json_lines, open_safetensors,
-                            read_json, write_json, write_tensors)
+from plumbing.files import (ROOT, InputError, append_json_line, check_ours, keep_json_lines, open_safetensors,
+                            read_json, real, write_json, write_tensors)
 from plumbing.machine import in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
@@ -39,7 +40,7 @@ def out_folder(cfg) -> Path:
 
 def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
-    if out.resolve() in [Path(path).resolve() for path in cfg.data]:
+    if real(out) in map(real, cfg.data):
         raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
     if cfg.resume:
         if not (out / STATE).is_file():
@@ -62,9 +63,7 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
     if found := [name for name in TRAINED if (out / name).exists()]:
         way = "continue it with --resume" if STATE in found else f"its {STATE} is gone, so move it away"
         raise InputError(f"--out {out}: holds another run ({found[0]}); {way}, or choose another --out")
-    if (out / "config.json").exists() and "options" not in read_json(out / "config.json"):
-        raise InputError(f"--out {out}: holds something else (its config.json is not ours); choose another --out")
-    check_writable(out, f"--out {out}")
+    check_ours(out, f"--out {out}")
 
 
 def plain(value):
@@ -72,8 +71,8 @@ def plain(value):
     if isinstance(value, list):
         return [plain(part) for part in value]
     if value == "embedded":
-        return str(EMBEDDED.resolve())
-    return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else value
+        return str(real(EMBEDDED))
+    return str(real(value)) if isinstance(value, str) and value and os.path.exists(value) else value
 
 
 @contextmanager

@@ -3,13 +3,12 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from baselines import BASELINES, Method
 from data import Row, read_folder
 from encoder import TEACHER_CONTEXTS
 from loss import WEIGHTS
-from plumbing.files import InputError
+from plumbing.files import InputError, real
 from plumbing.options import check_seed, option
 from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import Recipe
@@ -22,7 +21,8 @@ NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the 
 PRIOR = "dreambooth"            # the baseline that cannot do without --keep
 LEAST = {"size": 1, "steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "beta": 0,
          "save_every": 1, "sample_every": 0, "lr": 0, "grad_states": 1, "noise": 0, "keep_weight": 0, "keep_batches": 1}
-MOST = {"size": 8192, "rollout_steps": 1000, "batch_size": 4096, "rank": 4096}      # nobody means more
+MOST = {"size": 8192, "rollout_steps": 1000, "batch_size": 4096, "rank": 4096, "accumulate": 4096, "keep_batches": 4096,
+        "lr": 1e30, "noise": 100}                               # nobody means more; of others not more than 10^9
 
 
 @dataclass
@@ -92,10 +92,10 @@ def check_values(cfg: Options, method: Method) -> None:
     """Raises InputError on numbers and combinations that cannot work; None is left for the recipe."""
     for name, least in LEAST.items():
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if value is not None and (not value >= least or not math.isfinite(value)):
+        if value is not None and not least <= value < math.inf:
             raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
-        if value is not None and value > MOST.get(name, math.inf):
-            raise InputError(f"{flag} {value}: more than can be meant; give {MOST[name]} or less")
+        if value is not None and value > (most := MOST.get(name, 10 ** 9)):
+            raise InputError(f"{flag} {value!s:.40}: more than can be meant; give {most} or less")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     keeps = cfg.keep not in (None, NONE)
@@ -171,7 +171,7 @@ class Source:
 
 def names_of(sources: list[str]) -> list[str]:
     """A short name for each --data: its last part, numbered where two are alike."""
-    paths = [Path(source).resolve() for source in sources]
+    paths = [real(source) for source in sources]
     names = [path.stem if path.is_file() else path.name for path in paths]
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 

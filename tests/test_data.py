@@ -151,7 +151,8 @@ def test_an_image_token_in_a_caption_names_its_file(tmp_path):
     """The encoder would find it after everything was loaded, and could not say where."""
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a <|image_pad|> star")
-    fails(tmp_path, r"PATH/a\.png: its caption has <\|image_pad\|>, the mark of an image; remove it")
+    fails(tmp_path, r"PATH/a\.png: its caption has <\|image_pad\|>, the mark of an image, or what UTF-8 cannot spell; "
+          "remove it")
     table(tmp_path / "t.jsonl", {"file_name": "a.png", "text": ["fine", "a <|image_pad|>"]})
     with pytest.raises(InputError, match=r"a\.png: its caption has"):
         read_folder(tmp_path / "t.jsonl")
