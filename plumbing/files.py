@@ -17,13 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from plumbing.kinds import wrong
+from plumbing.options import InputError as InputError
 from plumbing.quantized import Int8Linear
-
-ROOT = Path(__file__).resolve().parent.parent  # of this repository
-
-
-class InputError(Exception):
-    """A mistake in what the user gave us; the message is one line: file, value, remedy."""
+from plumbing.recipes import ROOT as ROOT
 
 
 # ---------------------------------------------------------------------------------------------------- finding
