@@ -7,8 +7,8 @@
     pso           the target images preferred to the model's own samples (arXiv 2410.03190)
 
 A generator gets velocities whose weights and contexts are bound, as `dopsd` in train.py does, and yields losses of one
-batch; their sum is the batch's loss. A new method is one function and one entry in BASELINES. What it does with the
-captions of --keep is a method, too: they are learned as by `dopsd` from the untuned model, or by `sft` from `Prior`.
+batch; their sum is the batch's loss. A new method is a function, an entry in BASELINES and a choice of --method. What
+it does with the captions of --keep is a method, too: `dopsd` learns them from the untuned model, `sft` from `Prior`.
 
 Differs from the paper, which says little about its baselines:
 1. SFT's noise levels are as dense as those of the checkpoint's own sampler (`draw_sigma`).

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from encoder import IMAGE_TOKEN, contexts
 from model import Context
-from plumbing.files import InputError, is_text, open_safetensors, real, visible_files
+from plumbing.files import InputError, open_safetensors, real, visible_files
+from plumbing.options import is_text
 from plumbing.pictures import Shape, crop, open_image
 
 NO_IMAGE = (1, 1)  # the size of rows without an image: a square

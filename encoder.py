@@ -176,7 +176,7 @@ def _short(prompt: str) -> str:
 # ---------------------------------------------------------------------------------------------------- Eq. 4
 @dataclass(frozen=True)
 class TeacherContext:
-    """A way to show the teacher the target x0 beside the prompt y. A new one is an entry in TEACHER_CONTEXTS."""
+    """A way to show the teacher x0 beside the prompt y. A new one: an entry below, a choice of --teacher-context."""
     texts: Callable[[Encoder, Sequence[str], Sequence[Image.Image], Sequence[int]], list[Tensor]]  # see `teacher_texts`
     needs_vlm: bool
     adds_reference: bool    # x0's latents are the last reference image

@@ -43,7 +43,7 @@ def kl_weight(point: Point) -> float:
     return q ** 2 / (2 * s ** 2)
 
 
-# Name of an objective -> its weight at a point. A new objective is one entry here.
+# Name of an objective -> its weight at a point. A new objective is one entry here and a choice of --loss.
 WEIGHTS: dict[str, Weight] = {
     "v": lambda point: 1.0,                 # paper, Eq. 7
     "x0": lambda point: point.sigma ** 2,   # released code: || x0_hat_student - x0_hat_teacher ||^2

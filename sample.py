@@ -1,4 +1,8 @@
-"""Prompt -> PNG: `python sample.py --prompt "a red star" --lora out/star/student.safetensors`.
+"""Prompt -> PNG, with a step-distilled model and perhaps a D-OPSD adapter.
+
+    python sample.py --prompt "a big [V] on the right on mint" --lora out/star/student.safetensors --compare
+    python sample.py --prompt "a big [V] on the right on mint" --reference examples/star/1.png     # the teacher's view
+    python sample.py --prompt "move it to the left" --source examples/paint/1_before.png --model tiny/flux2    # an edit
 
 At inference D-OPSD leaves nothing behind but a LoRA: the sampler is the checkpoint's own (Eq. 3 with the student's
 velocity). `--compare` puts base and student side by side with the same noise. `--reference IMAGE` shows the teacher's
@@ -8,32 +12,10 @@ view, c_t = f_mm(prompt, image) of Eq. 4: where the base model cannot draw the c
 The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline
 or Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and as many steps.
 """
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-import lora
-from data import read_text
-from encoder import TEACHER_CONTEXTS, check_references, contexts
-from model import Context
-from networks import vae as autoencoder
-from plumbing import encoder_files, lora_files
-from plumbing.backbone import Transformer
-from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, pixels_per_patch, recipe_of,
-                                  shift_rule, starting_noise)
-from plumbing.files import InputError, check_writable
-from plumbing.machine import check_memory, device_and_dtype, free, sampling_gb
-from plumbing.options import check_seed, option, parse
-from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
-from plumbing.program import run
-from plumbing.quantized import FLOAT, INT8
-from plumbing.recipes import Recipe, vlm_of
-from rollout import sample, sigma_grid
+from plumbing.options import InputError, check_seed, option, parse
 
 PROMPT, MODEL, OUTPUT, MACHINE = "what to draw", "model", "output", "machine"  # headings of --help
 
@@ -55,7 +37,7 @@ class Options:
                         "which is tiny/model", MODEL)
     lora: str | None = option(None, "adapter file, such as student.safetensors of a run", MODEL)
     teacher_context: str = option(None, "how the teacher is shown --reference: vlm, or reference (FLUX.2)", MODEL,
-                                  choices=tuple(TEACHER_CONTEXTS))
+                                  choices=("vlm", "reference"))
     vlm: str | None = option(None, "Qwen3-VL that reads --reference, folder or hub id", MODEL)
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", MODEL,
                                choices=("vlm", "text"))
@@ -67,8 +49,33 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
     dtype: str = option("auto", "precision of text encoder and transformer; auto is bfloat16 on CUDA, else float32",
                         MACHINE, choices=("auto", "float32", "bfloat16"))
-    quantize: str = option(FLOAT, "precision of the weights in their blocks: int8, or none, which is --dtype", MACHINE,
-                           choices=(FLOAT, INT8))
+    quantize: str = option("none", "precision of the weights in their blocks: int8, or none, which is --dtype", MACHINE,
+                           choices=("none", "int8"))
+
+
+if __name__ == "__main__":
+    parse(Options, None, __doc__)   # --help and misspelt words are answered here, before torch takes seconds to load
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+from data import read_text
+from encoder import TEACHER_CONTEXTS, check_references, contexts
+from model import Context
+from networks import vae as autoencoder
+from plumbing import encoder_files, lora_files
+from plumbing.backbone import Transformer
+from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, pixels_per_patch, recipe_of,
+                                  shift_rule, starting_noise)
+from plumbing.files import check_writable
+from plumbing.machine import check_memory, device_and_dtype, free, sampling_gb
+from plumbing.pictures import crop, fit, open_image, panel, save_png, to_image, to_tensor
+from plumbing.program import run
+from plumbing.recipes import Recipe, vlm_of
+from rollout import sample, sigma_grid
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
@@ -144,13 +151,13 @@ def contexts_of(cfg: Options, folder: Path, recipe: Recipe, prompts: list[str], 
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Options, argv, "Draw pictures with a step-distilled model, optionally with a D-OPSD adapter.")
+    cfg = parse(Options, argv, __doc__)
     check(cfg)
     prompts = read_prompts(cfg)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
     folder = model_folder(cfg.model)
     recipe, backbone = recipe_of(folder), backbone_of(folder)
-    cfg = dataclasses.replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
+    cfg = replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
     check_references(backbone, cfg.teacher_context, f"--source {cfg.source[0]}" if cfg.source else "")
     multiple = pixels_per_patch(folder)
     sources = [fit(open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
@@ -186,18 +193,12 @@ def main(argv: list[str] | None = None) -> None:
 
     facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model,
              "lora": Path(cfg.lora).name if cfg.lora else "none"}
-    if sources:
-        facts["source"] = ", ".join(Path(path).name for path in cfg.source)
-    if cfg.reference:
-        facts["reference"] = Path(cfg.reference).name
+    seen = {"source": cfg.source, "reference": [cfg.reference] if cfg.reference else []}
+    facts |= {name: ", ".join(Path(path).name for path in paths) for name, paths in seen.items() if paths}
     out = Path(cfg.out)
-    if cfg.compare:
-        save_png(panel(images, prompts), out, {"prompt": "\n".join(prompts), **facts})
-        print(out)
-        return
-    (pictures,) = images.values()
-    for i, (prompt, picture) in enumerate(zip(prompts, pictures), 1):
-        path = out if len(prompts) == 1 else out.with_name(f"{out.stem}_{i:03d}{out.suffix}")
+    drawn = [(panel(images, prompts), "\n".join(prompts))] if cfg.compare else [*zip(*images.values(), prompts)]
+    for i, (picture, prompt) in enumerate(drawn, 1):
+        path = out if len(drawn) == 1 else out.with_name(f"{out.stem}_{i:03d}{out.suffix}")
         save_png(picture, path, {"prompt": prompt, **facts})
         print(path)
 

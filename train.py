@@ -1,14 +1,15 @@
-"""D-OPSD: teach a step-distilled diffusion model a new concept from a few images, and keep its few steps.
+"""D-OPSD: teach a step-distilled diffusion model a new concept from a few images.
 
-    python train.py --data examples/star                               # the embedded model, on a laptop
-    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo        # a real one, on a CUDA GPU
+    python train.py --data examples/star                                    # the embedded model, on a laptop
+    python train.py --data examples/star --resume --steps 200               # more of the same run
+    python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo --caption "a [V] dog"       # photos, on a CUDA GPU
     python train.py --data DIR --model black-forest-labs/FLUX.2-klein-4B
     python train.py --data A B --teacher-lora a.safetensors b.safetensors   # two adapters into one (arXiv 2605.15055)
 
-arXiv 2605.05204, Section 3. `dopsd` is the method: the student walks the few-step sampler from pure noise (rollout.py,
-Eq. 3). At each state it visits, the EMA teacher, shown the target image (encoder.py, Eq. 4), says which velocity it
-would take (Eq. 6), and the student learns that velocity (loss.py, Eq. 7). `bind` gives both sides their weights and
-contexts, `train` makes one optimizer step and one EMA step (lora.py) of it. The rest is set-up.
+arXiv 2605.05204, Section 3. `dopsd` is the method, which keeps the few steps: the student walks the few-step sampler
+from pure noise (rollout.py, Eq. 3). At each state it visits, the EMA teacher, shown the target image (encoder.py,
+Eq. 4), says which velocity it would take (Eq. 6), and the student learns that velocity (loss.py, Eq. 7). `bind` gives
+both sides their weights and contexts, `train` makes one optimizer step and one EMA step (lora.py) of it.
 
 Differs from the official code:
 1. Backward at every state instead of once per rollout: the same gradient with one graph alive.
@@ -19,13 +20,19 @@ Differs from the official code:
 5. Panels use the same noise every time, and the first one is drawn before step 1.
 6. `--keep` beside it: the untuned model teaches other captions, so that their pictures stay. `none` is as published.
 """
-import dataclasses
 import math
 import sys
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from plumbing.options import parse
+from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
+                                    shows_target, sources_of, what_is_kept)
+
+if __name__ == "__main__":
+    parse(Options, None, __doc__)   # --help and misspelt words are answered here, before torch takes seconds to load
 
 import torch
 from torch import Tensor
@@ -36,20 +43,15 @@ import lora
 from baselines import BASELINES, Method, Prior, passes_of_rollout
 from encoder import check_references
 from loss import Weight, weight_of
-from plumbing import lora_files
+from plumbing import lora_files, program
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, check_quantize, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
 from plumbing.files import InputError
 from plumbing.machine import check_memory, device_and_dtype, recomputes, training_gb
-from plumbing.options import parse
 from plumbing.panels import Panels, Shift
-from plumbing.program import Interrupt
-from plumbing.program import run as run_program
 from plumbing.recipes import Recipe, fill
 from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary
-from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
-                                    shows_target, sources_of, unused, what_is_kept)
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -156,7 +158,7 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
     if cfg.sample_every and (run.step == cfg.steps or run.step % cfg.sample_every == 0):    # Ctrl-C may have come first
         draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
-    with Interrupt() as interrupt, run.saved_on_errors():
+    with program.Interrupt() as interrupt, run.saved_on_errors():
         for _ in bar:
             started = time.time()
             run.optimizer.zero_grad(set_to_none=True)
@@ -197,15 +199,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.Row]]]:
     """Options, with the recipe's values where none were given; the checkpoint's folder; the rows of each source."""
-    cfg = parse(Options, argv, "D-OPSD: teach a step-distilled diffusion model a new concept from a few images.")
+    cfg = parse(Options, argv, __doc__)
     check_values(cfg, METHODS[cfg.method])
-    if flags := unused(cfg, METHODS[cfg.method]):
-        print(f"note: --method {cfg.method} has no use here for {', '.join(flags)}", file=sys.stderr)
     _, dtype = device_and_dtype(cfg.device, cfg.dtype)
     rows = [read_source(source, cfg.caption) for source in sources_of(cfg)]
     folder = model_folder(cfg.model)
     recipe = what_is_kept(cfg, recipe_of(folder), edits=any(row.sources for part in rows for row in part))
-    filled = dataclasses.replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
+    filled = replace(fill(cfg, recipe), dtype=str(dtype).removeprefix("torch."))
     rows += [read_source(source) for source in sources_of(filled)[len(rows):]]          # what the recipe keeps
     return filled, recipe, folder, rows
 
@@ -277,4 +277,4 @@ def adapter_of(teacher: str, model: Transformer) -> lora.Adapter | None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    program.run(main)

@@ -21,7 +21,6 @@ Differs from the official code:
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from model import UNSUPPORTED, Context, first, rope_table, rotate, sinusoids
 from networks.vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
 from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
-from plumbing.recipes import SMALL, TURBO
+from plumbing.recipes import FLUX2, SMALL_FLUX2
 
 KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
         "joint_attention_dim", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps",
@@ -312,15 +311,11 @@ class Flux2Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- the record
-# The official values, too (3000 steps where the released script counts 3001). The grid at 1024x1024 is 1, .967, .908,
-# .767, that of inference; the official one is not.
-OFFICIAL = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
-                   teacher_context="reference")
 KLEIN = Backbone(
     name="FLUX.2", class_name="Flux2Transformer2DModel", network=Flux2Transformer, keys=KEYS,
     width=lambda config: config["num_attention_heads"] * config["attention_head_dim"],
     patch_size=lambda config: SQUARE, time_shift=time_shift, draw_noise=draw_noise, takes_references=True,
-    recipes=(OFFICIAL, replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")),
+    recipes=(FLUX2, SMALL_FLUX2),
     text_style=TextStyle(thought="<think>\n\n</think>\n\n", padded=True,
                          layers=lambda depth: (depth // 4, depth // 2, depth * 3 // 4)),
     layer_name=re.compile(r"transformer_blocks[._]\d+[._](attn[._](to|add)_|ff(_context)?[._]linear_)"

@@ -17,28 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from plumbing.kinds import wrong
+from plumbing.options import InputError as InputError
 from plumbing.quantized import Int8Linear
+from plumbing.recipes import ROOT as ROOT
 
-ROOT = Path(__file__).resolve().parent.parent  # of this repository
-
-
-class InputError(Exception):
-    """A mistake in what the user gave us; the message is one line: file, value, remedy."""
+NETWORK_JSON = ("config.json", "preprocessor_config.json")
+PIPELINE = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
 
 
 # ---------------------------------------------------------------------------------------------------- finding
 def real(path: Path | str) -> Path:
     """Where a path leads, through ~ and links. Unlike pathlib's own, it takes unknown users and links to themselves."""
     return Path(os.path.realpath(os.path.expanduser(path)))
-
-
-def is_text(words: str) -> bool:
-    """Whether UTF-8 can spell it; bytes of another encoding on a command line become characters that it cannot."""
-    return not any(0xD800 <= ord(letter) < 0xE000 for letter in words)
-
-
-NETWORK_JSON = ("config.json", "preprocessor_config.json")
-PIPELINE = ["model_index.json", "transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
 
 
 def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] = PIPELINE) -> Path:

@@ -6,8 +6,18 @@ import typing
 from dataclasses import MISSING
 from typing import Any
 
-from plumbing.files import InputError
-from plumbing.recipes import Recipe
+from plumbing.recipes import Recipe, table
+
+RECIPES = " (default: the recipe's)"    # in the help of an option; below all options it says what they are
+
+
+class InputError(Exception):
+    """A mistake in what the user gave us; the message is one line: file, value, remedy."""
+
+
+def is_text(words: str) -> bool:
+    """Whether UTF-8 can spell it; bytes of another encoding on a command line become characters that it cannot."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in words)
 
 
 def option(default, text: str, group: str = "", old: dict[str, str] | None = None, **extra) -> Any:
@@ -17,26 +27,31 @@ def option(default, text: str, group: str = "", old: dict[str, str] | None = Non
     and values, and what they are called now. extra: for argparse (choices, ...).
     """
     metadata = {"help": text, "group": group, "old": old or {}, "extra": extra}
-    if default is MISSING:
-        return dataclasses.field(metadata=metadata)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    values = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata=metadata, **values)
 
 
-def parse(options: type, argv: list[str] | None, description: str):
+def parse(options: type, argv: list[str] | None, about: str):
     """An instance of the dataclass `options` from command line words: field `batch_size` is `--batch-size`.
 
     bool fields are switches, list fields repeatable flags (or, with nargs, flags that take several words), fields
-    without a default required.
+    without a default required. about: what the program does, a line or a docstring in which examples come next.
     """
-    parser, groups = argparse.ArgumentParser(description=description), {}
+    description, examples, *_ = *about.split("\n\n"), ""
+    of_recipes = [field.name for field in dataclasses.fields(options) if _default_of(field, required=False) == RECIPES]
+    epilog = (table(of_recipes) if of_recipes else "") + (f"examples:\n{examples}" if examples else "")
+    parser, groups = argparse.ArgumentParser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+                                             formatter_class=argparse.RawDescriptionHelpFormatter), {}
     for field in dataclasses.fields(options):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title) if title else parser
         _add(groups[title], field)
-    return options(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if not all(map(is_text, map(str, value if isinstance(value, list) else [value]))):
+            parser.error(f"--{name.replace('_', '-')} {value!a}: not UTF-8; give a name or text in UTF-8")
+    return options(**given)
 
 
 def _add(parser, field: dataclasses.Field) -> None:
@@ -44,26 +59,24 @@ def _add(parser, field: dataclasses.Field) -> None:
     old, extra, kind = field.metadata["old"], dict(field.metadata["extra"]), _plain_type(field.type)
     flags = ["--" + field.name.replace("_", "-"), *(name for name in old if name.startswith("--"))]
     required = field.default is MISSING and field.default_factory is MISSING
-    is_list = typing.get_origin(kind) is list
-    extra |= {"dest": field.name, "help": field.metadata["help"] + _default_of(field, required, kind)}
-    if kind is bool:
-        action = argparse.BooleanOptionalAction if field.default is None else "store_true"
-        parser.add_argument(*flags, action=action, default=field.default, **extra)
-        return
-    if is_list:
+    if typing.get_origin(kind) is list:
         extra = {"action": "extend"} | extra if "nargs" in extra else extra | {"action": "append", "metavar": "TEXT"}
-    extra["type"] = (lambda word: old.get(word, word)) if old else str if is_list else kind
-    parser.add_argument(*flags, required=required, default=[] if is_list else None if required else field.default,
-                        **extra)
+        kind = str
+    if kind is bool:
+        extra["action"] = argparse.BooleanOptionalAction if field.default is None else "store_true"
+    else:
+        extra["type"] = (lambda word: old.get(word, word)) if old else kind
+    parser.add_argument(*flags, dest=field.name, required=required,
+                        help=field.metadata["help"] + _default_of(field, required), **extra)
 
 
-def _default_of(field: dataclasses.Field, required: bool, kind: type) -> str:
+def _default_of(field: dataclasses.Field, required: bool) -> str:
     """What the help says about the value of a flag that is left out."""
     if required:
         return " (required)"
     if field.default is None and "(default" not in field.metadata["help"]:
-        return " (default: the recipe's)" if field.name in Recipe.__dataclass_fields__ else ""
-    return "" if field.default in (MISSING, None, "") or kind is bool else f" (default: {field.default})"
+        return RECIPES if field.name in Recipe.__dataclass_fields__ else ""
+    return "" if field.default in (MISSING, None, "") or field.type is bool else f" (default: {field.default})"
 
 
 def _plain_type(annotation):

@@ -1,9 +1,8 @@
 """Recipes: values that belong to a checkpoint rather than to a user. An option left out takes its recipe's value."""
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from plumbing.files import ROOT
+ROOT = Path(__file__).resolve().parent.parent  # of this repository
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,9 @@ TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, 
                new_object="a [V] on a sandy beach at sunset",
                new_style="a lighthouse on a cliff in [V] style",
                unrelated="a red bicycle leaning against a white brick wall, morning light")
+# FLUX.2-klein: the official values, too; 3000 steps where the released script counts 3001.
+FLUX2 = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4, steps=3000, lr=2e-5,
+                teacher_context="reference")
 # Small models: fewer steps, so a faster EMA. Where other captions are kept, two pictures and one learned state a batch
 # are enough, at a learning rate that would spoil other prompts without. Found on three concepts apart: "How the recipe
 # was found" in experiments/README.md.
@@ -54,13 +56,14 @@ SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, st
                new_object="a big [V] on the right on mint",
                new_style="a big plain yellow moon at the bottom on mint in [V] style",
                unrelated="a big striped yellow and blue circle on the left on wine")
+SMALL_FLUX2 = replace(SMALL, name="embedded FLUX.2 model", teacher_context="reference")
 
 
 def fill(cfg, recipe: Recipe):
     """The options of a run (a dataclass) with None replaced by the recipe's values."""
-    defaults = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(cfg)
+    defaults = {f.name: getattr(recipe, f.name) for f in fields(cfg)
                 if hasattr(recipe, f.name) and getattr(cfg, f.name) is None and f.name != "vlm"}
-    return dataclasses.replace(cfg, **defaults)
+    return replace(cfg, **defaults)
 
 
 def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
@@ -68,3 +71,15 @@ def vlm_of(folder: Path, recipe: Recipe, given: str | None) -> str:
     if given is not None:
         return given
     return recipe.vlm if "/" in recipe.vlm else str(folder / recipe.vlm)
+
+
+def table(options: list[str]) -> str:
+    """For --help: what the recipes have for these options, a row for each."""
+    rows = [["", "embedded", "Z-Image-Turbo", "FLUX.2-klein"]]
+    for name in options:
+        values = [getattr(recipe, name) for recipe in (SMALL, TURBO, FLUX2)]
+        shown = ["all" if value is None else str(value).removeprefix(f"{ROOT}/") for value in values]
+        rows.append(["--" + name.replace("_", "-"), *shown])
+    return "\n".join(["the recipes' values:", *("  {:17}  {:17}  {:25}  {}".format(*row) for row in rows),
+                      "  tiny/flux2: as embedded, but --teacher-context reference; for editing, --keep",
+                      "  examples/edits. The embedded models' vlm is a folder of the checkpoint.", "", ""])

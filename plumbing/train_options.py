@@ -1,18 +1,19 @@
 """The options of train.py: names, explanations, and what can be seen to be wrong without looking at any file."""
-import dataclasses
 import math
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from baselines import BASELINES, Method
-from data import Row, read_folder
-from encoder import TEACHER_CONTEXTS
-from loss import WEIGHTS
-from plumbing.files import InputError, real
-from plumbing.options import check_seed, option
-from plumbing.quantized import FLOAT, INT8
+from plumbing.options import InputError, check_seed, option
 from plumbing.recipes import Recipe
 
+if TYPE_CHECKING:   # --help shall not wait for torch: so choices are literal, and a test compares them with the code
+    from baselines import Method
+    from data import Row
+
+METHODS = ("dopsd", "off-policy", "sft-teacher", "sft", "dreambooth", "pso")    # the values of --method
 DATA, METHOD, OPTIMISATION = "data and model", "method", "optimisation"     # headings of --help
 OUTPUT, MACHINE = "output", "machine"
 TARGET = "image"      # in the place of a teacher's file: the run's own teacher, which is shown the target image
@@ -28,7 +29,7 @@ MOST = {"size": 8192, "rollout_steps": 1000, "batch_size": 4096, "rank": 4096, "
 @dataclass
 class Options:
     """None means: the value of the checkpoint's recipe, until `fill` puts it there (plumbing/recipes.py)."""
-    data: list[str] = option(dataclasses.MISSING, "folder with images and captions, or a .jsonl file (see README); "
+    data: list[str] = option(MISSING, "folder with images and captions, or a .jsonl file (see README); "
                              "several are learned in turns", DATA, nargs="+")
     caption: str = option("", "caption of images without one of their own", DATA)
     model: str = option("embedded", "checkpoint to tune: a folder in diffusers layout, a hub id, or embedded, which is "
@@ -36,15 +37,15 @@ class Options:
     vlm: str | None = option(None, "Qwen3-VL that shows the target to the teacher, folder or hub id", DATA)
     size: int = option(None, "side of a square training picture in pixels; other shapes have about its area", DATA)
 
-    method: str = option("dopsd", "dopsd, or a method that it is compared with", METHOD, choices=("dopsd", *BASELINES))
+    method: str = option("dopsd", "dopsd, or a method that it is compared with", METHOD, choices=METHODS)
     loss: str = option(None, "weight on the squared difference of velocities; v: Eq. 7 of the paper, x0: the "
-                       "released code, kl: per-step KL (2605.15055)", METHOD, choices=tuple(WEIGHTS))
+                       "released code, kl: per-step KL (2605.15055)", METHOD, choices=("v", "x0", "kl"))
     rollout_steps: int = option(None, "K, the number of solver steps of the student's rollout", METHOD)
-    grad_states: int | None = option(None, "number of the K states to learn at, in turns from batch to batch (default: "
-                                     "the recipe's; all with --keep none)", METHOD)
+    grad_states: int | None = option(None, "number of the K states to learn at, in turns from batch to batch; all "
+                                     "with --keep none", METHOD)
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
     teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
-                                  choices=tuple(TEACHER_CONTEXTS))
+                                  choices=("vlm", "reference"))
     teacher_weights: str = option("ema", "the teacher's weights: ema of the student's, a live copy of them, or frozen "
                                   "as they were", METHOD, choices=("ema", "copy", "frozen"),
                                   old={"--teacher": "--teacher-weights", "base": "frozen"})
@@ -81,15 +82,15 @@ class Options:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is one", MACHINE)
     dtype: str = option("auto", "precision of the frozen networks; auto is bfloat16 on CUDA, else float32", MACHINE,
                         choices=("auto", "float32", "bfloat16"))
-    quantize: str = option(FLOAT, "precision of the frozen weights in the networks' blocks: int8 halves the memory of "
-                           "bfloat16, none is --dtype", MACHINE, choices=(FLOAT, INT8))
+    quantize: str = option("none", "precision of the frozen weights in the networks' blocks: int8 halves the memory of "
+                           "bfloat16, none is --dtype", MACHINE, choices=("none", "int8"))
     checkpointing: bool | None = option(None, "recompute blocks in the backward pass: less memory, more time (default: "
                                         "if a step does not fit otherwise)", MACHINE)
     compile: bool = option(False, "torch.compile the transformer's block: a slow start, then faster steps", MACHINE)
 
 
-def check_values(cfg: Options, method: Method) -> None:
-    """Raises InputError on numbers and combinations that cannot work; None is left for the recipe."""
+def check_values(cfg: Options, method: "Method") -> None:
+    """Raises InputError on numbers and combinations that cannot work, and notes useless flags; None is the recipe's."""
     for name, least in LEAST.items():
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if value is not None and not least <= value < math.inf:
@@ -111,15 +112,17 @@ def check_values(cfg: Options, method: Method) -> None:
     if teachers and not method.has_teacher:
         raise InputError(f"--teacher-lora {teachers[0]}: --method {cfg.method} has no teacher; leave one of them out")
     if keeps and not method.keeps:
-        others = ", ".join(name for name in BASELINES if name != cfg.method)
+        others = ", ".join(name for name in METHODS if name != cfg.method)
         raise InputError(f"--keep {cfg.keep}: not with --method {cfg.method}, whose loss holds on to the untuned model "
-                         f"by itself; leave it out, or take --method dopsd, {others}")
+                         f"by itself; leave it out, or take --method {others}")
     if cfg.noise and not method.takes_noise:
         raise InputError(f"--noise {cfg.noise}: only for rollouts, --method {cfg.method} has none; leave it out")
     check_seed(cfg.seed)
+    if flags := unused(cfg, method):
+        print(f"note: --method {cfg.method} has no use here for {', '.join(flags)}", file=sys.stderr)
 
 
-def unused(cfg: Options, method: Method) -> list[str]:
+def unused(cfg: Options, method: "Method") -> list[str]:
     """The flags that were given and that this run has no use for."""
     keeps, is_shown = cfg.keep not in (None, NONE), shows_target(cfg, method)
     used = {"loss": keeps or "weight" in method.needs, "beta": "beta" in method.needs,
@@ -127,9 +130,8 @@ def unused(cfg: Options, method: Method) -> list[str]:
             "ema": is_shown and cfg.teacher_weights == "ema",
             **dict.fromkeys(("teacher_weights", "teacher_context", "teacher_rope", "vlm"), is_shown),
             **dict.fromkeys(("keep_weight", "keep_batches"), keeps or keeps_by_default(cfg))}
-    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     return ["--" + name.replace("_", "-") for name, is_used in used.items()
-            if not is_used and getattr(cfg, name) != defaults[name]]
+            if not is_used and getattr(cfg, name) != getattr(Options, name)]
 
 
 def keeps_by_default(cfg: Options) -> bool:
@@ -145,7 +147,7 @@ def what_is_kept(cfg: Options, recipe: Recipe, edits: bool) -> Recipe:
     keep = NONE if cfg.keep is None else cfg.keep
     if keeps_by_default(cfg):
         keep = recipe.keep_edits if edits else recipe.keep
-    return dataclasses.replace(recipe, keep=keep, grad_states=None if keep == NONE else recipe.grad_states)
+    return replace(recipe, keep=keep, grad_states=None if keep == NONE else recipe.grad_states)
 
 
 def check_filled(cfg: Options) -> None:
@@ -171,7 +173,7 @@ class Source:
 
 def names_of(sources: list[str]) -> list[str]:
     """A short name for each --data: its last part, numbered where two are alike."""
-    paths = [real(source) for source in sources]
+    paths = [Path(os.path.realpath(source)) for source in sources]
     names = [path.stem if path.is_file() else path.name for path in paths]
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
@@ -186,14 +188,15 @@ def sources_of(cfg: Options) -> list[Source]:
     return found
 
 
-def shows_target(cfg: Options, method: Method) -> bool:
+def shows_target(cfg: Options, method: "Method") -> bool:
     """Whether there is a teacher that is shown the target image."""
     return method.has_teacher and (not cfg.teacher_lora or TARGET in cfg.teacher_lora)
 
 
-def read_source(source: Source, caption: str = "") -> list[Row]:
+def read_source(source: Source, caption: str = "") -> "list[Row]":
     """Its rows; captions suffice where the teacher is not shown the target. caption: of images without one of their
     own. Raises InputError."""
+    from data import read_folder    # here, not above: it imports torch
     if not source.is_kept:
         return read_folder(source.path, source.teacher != TARGET, caption)
     try:

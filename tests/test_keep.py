@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from test_resume import assert_same_run
 
 import train
-from networks.flux2 import OFFICIAL
 from plumbing import checkpoints
 from plumbing.files import ROOT, InputError
 from plumbing.options import parse
-from plumbing.recipes import TURBO
+from plumbing.recipes import FLUX2, TURBO
 from plumbing.train_options import Source, read_source, sources_of
 
 STATE = "state.safetensors"
@@ -123,7 +122,7 @@ def test_the_embedded_models_keep_pictures_or_edits(data, model, expected, sourc
     cfg, recipe, _, rows = train.read(["--data", str(ROOT / "examples" / data), "--model", str(ROOT / "tiny" / model)])
     assert cfg.keep == str(ROOT / "examples" / expected) and len(rows) == 2
     assert {len(row.sources) for row in rows[1]} == {sources} and len({row.captions for row in rows[1]}) > 20
-    for official in (TURBO, OFFICIAL):
+    for official in (TURBO, FLUX2):
         assert (official.keep, official.keep_edits, official.grad_states) == ("none", "none", None)
 
 

@@ -1,17 +1,34 @@
 """The command lines that are made from dataclasses: what they refuse, and what their help says."""
 import dataclasses
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 
 import sample
 import train
-from plumbing import train_options
+from encoder import TEACHER_CONTEXTS
+from loss import WEIGHTS
+from plumbing import recipes, train_options
+from plumbing.checkpoints import BACKBONES
+from plumbing.files import ROOT
 from plumbing.options import option, parse
+from plumbing.quantized import FLOAT, INT8
 
 pytestmark = pytest.mark.quick
 PROGRAMS = {train: ("data and model", "method", "optimisation", "output", "machine"),
             sample: ("what to draw", "model", "output", "machine")}             # and the headings of their help
+BELOW = ["the recipes' values", "examples"]                                     # which come after those of options
+HEAVY = {"torch", "numpy", "transformers", "PIL", "safetensors", "tqdm"}
+
+
+def help_of(program, capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        program.main(["--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_unknown_methods_and_teachers_are_refused(capsys):
@@ -74,12 +91,9 @@ def test_data_and_teachers_add_up():
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_help_has_every_option_under_a_heading(program, capsys):
-    with pytest.raises(SystemExit) as caught:
-        program.main(["--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
+    shown = help_of(program, capsys)
     headings = [line[:-1] for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["options", *PROGRAMS[program]]                          # "options" has -h alone
+    assert headings == ["options", *PROGRAMS[program], *BELOW]                  # "options" has -h alone
     fields, flat = dataclasses.fields(program.Options), " ".join(shown.split())
     parts = dict(zip(headings, re.split(r"(?m)^(?=\S.*:$)", shown)[1:], strict=True))
     for field in fields:
@@ -101,3 +115,86 @@ def test_headings_are_those_of_train_options():
     constants = (train_options.DATA, train_options.METHOD, train_options.OPTIMISATION, train_options.OUTPUT,
                  train_options.MACHINE)
     assert constants == PROGRAMS[train]
+
+
+# ------------------------------------------------------------------------------------- before torch is imported
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("words, status", [("train.py --help", 0), ("train.py --data photos --bach-size 2", 2),
+                                           ("train.py --data photos --method dpo", 2), ("sample.py --help", 0),
+                                           ("sample.py --promt star", 2)])
+def test_the_command_line_is_read_before_what_is_slow_to_import(words, status):
+    """In a new process, as a program: at its end no large package was imported."""
+    file, *words = shlex.split(words)
+    done = python(f"import runpy, sys; sys.argv = {[file, *words]}\n"
+                  f"try: runpy.run_path({str(ROOT / file)!r}, run_name='__main__')\n"
+                  f"finally: print('heavy:', *{HEAVY} & set(sys.modules))")
+    assert done.returncode == status and done.stdout.splitlines()[-1] == "heavy:", done.stderr
+    assert ("usage:" in done.stdout) if status == 0 else re.search(r"error: .*(--bach-size|dpo|--promt)", done.stderr)
+
+
+def test_who_imports_a_program_is_not_asked_for_words():
+    done = python("import sys; sys.argv = ['x', '--nonsense']; import train, sample; print(train.Options.steps)")
+    assert done.returncode == 0 and done.stdout == "None\n", done.stderr
+
+
+def test_choices_are_the_names_of_what_they_choose():
+    """They are written out, because what they choose stands beside torch."""
+    choices = {(program, field.name): field.metadata["extra"].get("choices")
+               for program in PROGRAMS for field in dataclasses.fields(program.Options)}
+    assert choices[train, "method"] == tuple(train.METHODS) and choices[train, "loss"] == tuple(WEIGHTS)
+    for program in PROGRAMS:
+        assert choices[program, "teacher_context"] == tuple(TEACHER_CONTEXTS)
+        assert choices[program, "quantize"] == (FLOAT, INT8) and program.Options.quantize == FLOAT
+
+
+# ------------------------------------------------------------------------------------------- below the options
+def test_help_shows_the_recipes_values(capsys):
+    """A row for each option that recipes fill in, with the values that `fill` takes, in aligned columns."""
+    shown = help_of(train, capsys)
+    head, *lines = shown.split(f"{BELOW[0]}:\n")[1].split(f"{BELOW[1]}:\n")[0].splitlines()
+    rows = {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines) if len(cells) == 4}
+    names = {"--" + field.name.replace("_", "-"): field.name for field in dataclasses.fields(train.Options)
+             if hasattr(recipes.SMALL, field.name)}
+    assert rows.keys() == names.keys() and len(rows) > 15
+    assert re.split(r"  +", head.strip()) == ["embedded", "Z-Image-Turbo", "FLUX.2-klein"]
+    for column, recipe in enumerate((recipes.SMALL, recipes.TURBO, recipes.FLUX2)):
+        for flag, name in names.items():
+            value = getattr(recipe, name)
+            assert rows[flag][column] == ("all" if value is None else str(value).replace(f"{ROOT}/", "")), flag
+    starts = [head.index(title) for title in ("embedded", "Z-Image-Turbo", "FLUX.2-klein")]
+    for line in lines[:len(rows)]:
+        assert all(line[start - 2:start] == "  " and line[start] != " " for start in starts), line
+
+
+def test_what_the_help_says_about_the_recipe_without_a_column(capsys):
+    names = [field.name for field in dataclasses.fields(train.Options) if hasattr(recipes.SMALL, field.name)]
+    small, flux2 = recipes.SMALL, recipes.SMALL_FLUX2
+    assert [name for name in names if getattr(small, name) != getattr(flux2, name)] == ["teacher_context"]
+    assert flux2.teacher_context == "reference" and flux2.keep_edits == str(ROOT / "examples" / "edits")
+    shown = " ".join(help_of(train, capsys).split())
+    assert "tiny/flux2: as embedded, but --teacher-context reference; for editing, --keep examples/edits" in shown
+    assert {(recipes.TURBO, small), (recipes.FLUX2, flux2)} == {backbone.recipes for backbone in BACKBONES}
+
+
+def test_a_program_without_recipes_or_examples_says_nothing_below(capsys):
+    @dataclasses.dataclass
+    class Options:
+        tag: str | None = option(None, "word about the thing")
+
+    with pytest.raises(SystemExit):
+        parse(Options, ["--help"], "What it does.")
+    assert capsys.readouterr().out.rstrip().endswith("word about the thing")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_the_examples_of_the_help_are_command_lines(program, capsys):
+    shown = help_of(program, capsys).split("examples:\n")[1].splitlines()
+    lines = [words for words in (shlex.split(line, comments=True) for line in shown) if words]
+    assert len(lines) >= 3
+    for interpreter, file, *words in lines:
+        assert (interpreter, file) == ("python", f"{program.__name__}.py") and parse(program.Options, words, "")
+        for word in words:
+            assert not word.startswith(("examples/", "tiny/")) or (ROOT / word).exists(), word
