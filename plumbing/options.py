@@ -40,7 +40,8 @@ def parse(options: type, argv: list[str] | None, about: str):
     description, examples, *_ = *about.split("\n\n"), ""
     of_recipes = [field.name for field in dataclasses.fields(options) if _default_of(field, required=False) == RECIPES]
     epilog = (table(of_recipes) if of_recipes else "") + (f"examples:\n{examples}" if examples else "")
-    parser, groups = argparse.ArgumentParser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+    parser, groups = argparse.ArgumentParser(usage="%(prog)s --option value ...; --help explains them", epilog=epilog,
+                                             description=description, argument_default=argparse.SUPPRESS,
                                              formatter_class=argparse.RawDescriptionHelpFormatter), {}
     for field in dataclasses.fields(options):
         title = field.metadata["group"]
