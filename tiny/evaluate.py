@@ -7,7 +7,8 @@ Everything is read back exactly from pictures (metrics.py).
 Beside the shipped model stands the one before distillation, with and without guidance.
 """
 import argparse
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,13 +16,20 @@ from torch import Tensor
 
 from networks import vae as autoencoder
 from plumbing.checkpoints import EMBEDDED, backbone_of
-from plumbing.files import write_json
+from plumbing.files import InputError, check_writable, write_json
+from plumbing.pictures import save_png
 from plumbing.program import run
 from rollout import sample
 from tiny.contexts import load_features
 from tiny.metrics import Reader, accuracy, told_accuracy, whole
 from tiny.models import base_of, grid_of, guided
 from tiny.world import COLUMN, OBJECT_ATTRIBUTES, caption, draw_scenes, generator, grid, other_view, random_tell
+
+COLUMNS = {"ordinary prompts": {"ordinary: accuracy of what was said": "right", "ordinary: marks decided": "decided",
+                                "ordinary: distance to the world": "distance"},
+           "teacher's view": {"teacher: mean": "right", "teacher: whole objects right": "whole objects",
+                              "teacher: backdrop": "backdrop", "teacher: distance": "distance"}}
+MOST_PROMPTS, MOST_SEED = 10_000, 2 ** 32 - 1       # nobody means more
 
 
 def main() -> None:
@@ -38,6 +46,7 @@ def main() -> None:
                         help="random seed for the prompts, the teacher's pictures and the noise; default 100")
     options = parser.parse_args()
 
+    check(options)
     backbone = backbone_of(options.model)
     features, vae, reader = load_features(options.model), autoencoder.load(options.model, "cpu"), Reader()
     student, base = (backbone.load(folder, "cpu", torch.float32)
@@ -60,7 +69,8 @@ def main() -> None:
     (empty,) = features.contexts([""])
     noise, noise_new = (torch.randn(n, vae.channels, 16, 16, generator=g) for n in (len(rows), 50))
 
-    report = {"VAE alone": of_objects(reader(vae.decode(vae.encode(truth))), new)}
+    table, report = Table(COLUMNS, list(walkers)), {"VAE alone": of_objects(reader(vae.decode(vae.encode(truth))), new)}
+    print(table.head(), flush=True)
     sheets, drawn = [shown[:12], truth[:12]], []
     for name, (net, steps, guidance) in walkers.items():
         pictures = draw(net, vae, ordinary, noise, steps, None, guidance, empty)
@@ -72,12 +82,14 @@ def main() -> None:
                         "ordinary: distance to the world": float(reading.distance.mean()),
                         "ordinary: marks decided": float(reading.decided.mean()),
                         **{f"teacher: {k}": v for k, v in of_objects(reader(taught), new).items()}}
-        print(name, json.dumps({k: round(v, 4) for k, v in report[name].items()}), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    grid(torch.cat(drawn), 6, scale=3).save(options.out / "few_steps.png")   # one row for each walker, same noise
-    grid(torch.cat(sheets), 12).save(options.out / "teacher.png")
-    print("VAE alone", json.dumps(report["VAE alone"]))
+        print(table.line(name, report[name]), flush=True)
+    print(table.line("VAE alone", {f"teacher: {k}": v for k, v in report["VAE alone"].items()}))
+    facts = {"model": str(options.model), "seed": options.seed}
+    few = grid(torch.cat(drawn), len(drawn[0]), scale=3)                     # one row for each walker, same noise
+    save_png(few, options.out / "few_steps.png", facts)
+    save_png(grid(torch.cat(sheets), 12), options.out / "teacher.png", facts)
     write_json(options.out / "report.json", report)
+    print(f"done     {options.out / 'report.json'}, pictures beside it")
 
 
 def of_objects(reading, truth: Tensor) -> dict[str, float]:
@@ -102,6 +114,52 @@ def in_batches(walk_of, vae, contexts: list[Tensor], noise: Tensor, sigmas: Tens
     pictures = [vae.decode(sample(walk_of(contexts[start:start + 50]), noise[start:start + 50], sigmas))
                 for start in range(0, len(contexts), 50)]
     return torch.cat(pictures)
+
+
+# ------------------------------------------------------------------------------------ what tiny.score does likewise
+def check(options: argparse.Namespace) -> None:
+    """Raises InputError on numbers that cannot be meant and an --out that cannot be written to; makes nothing."""
+    for name, value in vars(options).items():
+        if name.endswith("prompts") and not 1 <= value <= MOST_PROMPTS:
+            raise InputError(f"--{name.replace('_', '-')} {value}: not a usable number of prompts; give 1 to "
+                             f"{MOST_PROMPTS}")
+    if not 0 <= options.seed <= MOST_SEED:
+        raise InputError(f"--seed {options.seed}: out of range; give a number from 0 to {MOST_SEED}")
+    check_writable(options.out, f"--out {options.out}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers as aligned text, line by line.
+
+    columns: heading of a group -> key of a number -> heading of its column. names: of the lines.
+    """
+    columns: dict[str, dict[str, str]]
+    names: list[str]
+
+    def head(self) -> str:
+        """The two lines at the top."""
+        titles = "  ".join(f"  {title}".ljust(sum(map(_width, group.values())))
+                           for title, group in self.columns.items())
+        headings = {key: heading for group in self.columns.values() for key, heading in group.items()}
+        return f"{self._name('')}{titles}".rstrip() + "\n" + self._line("", headings)
+
+    def line(self, name: str, numbers: Mapping[str, float]) -> str:
+        """The numbers of a name with three decimals; what there is none of stays empty."""
+        return self._line(name, {key: f"{number:.3f}" for key, number in numbers.items()})
+
+    def _line(self, name: str, words: Mapping[str, str]) -> str:
+        groups = ("".join(words.get(key, "").rjust(_width(heading)) for key, heading in group.items())
+                  for group in self.columns.values())
+        return (self._name(name) + "  ".join(groups)).rstrip()
+
+    def _name(self, name: str) -> str:
+        return name.ljust(max(map(len, self.names)))
+
+
+def _width(heading: str) -> int:
+    """Of a column: three decimals have to fit, too."""
+    return max(len(heading), len("0.000")) + 2
 
 
 if __name__ == "__main__":

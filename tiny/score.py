@@ -7,6 +7,7 @@ For the base, the teacher's view and every adapter, at the model's own four step
 - ordinary: prompts without [V] about objects that training never drew: accuracy of all that the prompt says, same
   distance, and how decided the marks of the backdrop are.
 Writes panel.png (columns: base, the adapters, the teacher's view) and scores.json.
+Only for data of this world, with captions that say [V]: other pictures cannot be read back.
 `Judge`, `of_concept` and `of_ordinary` are also the measures of experiments/.
 """
 import argparse
@@ -29,7 +30,7 @@ from plumbing.quantized import FLOAT, INT8
 from rollout import Velocity
 from tiny.concepts import Concept
 from tiny.contexts import load_features
-from tiny.evaluate import in_batches
+from tiny.evaluate import Table, check, in_batches
 from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, whole
 from tiny.models import grid_of
 from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, STYLE_ATTRIBUTES, caption,
@@ -38,6 +39,12 @@ from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTE
 # What a caption with [V] says besides: objects are drawn without a style, so their caption is silent about it.
 REST = {"object": tuple(name for name in ATTRIBUTES if name not in OBJECT_ATTRIBUTES + STYLE_ATTRIBUTES),
         "style": tuple(name for name in ATTRIBUTES if name not in STYLE_ATTRIBUTES)}
+COLUMNS = {"new prompts with [V]": {"concept": "concept", "concept, whole": "whole", "concept, rest": "rest",
+                                    "concept, distance": "distance"},
+           "ordinary prompts": {"ordinary": "right", "ordinary, decided": "decided", "ordinary, distance": "distance"}}
+TAKEN = ("base", "teacher's view")      # names of columns that are there anyway
+FOREIGN = 0.12  # distance to the world of what is no picture of it. Those in examples/ are at .002 at most, what the
+                # models draw is at .06 on average; details of a photograph, gradients and noise are at .14 at least.
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,35 @@ class Prompts:
 def read_pictures(folder: str, editing: bool = False) -> tuple[list[data.Row], Tensor]:
     """Rows of a data folder and their pictures (n, 3, 64, 64).
 
-    Raises InputError unless all rows (editing) or none have source images.
+    Raises InputError unless all rows (editing) or none have source images, and where a caption does not say [V].
     """
     rows = data.read_folder(folder)
     if any(bool(row.sources) != editing for row in rows):
         says = "no data for editing; use tiny.score" if editing else "data for editing; use tiny.score_edits"
         raise InputError(f"{folder}: {says}")
+    for row in rows:
+        if "[V]" not in row.captions[0]:
+            raise InputError(f'{row.image}: its caption "{row.captions[0]:.80}" does not say [V], the concept that is '
+                             "scored; give data whose captions do, such as examples/star")
     return rows, torch.cat([to_tensor(crop(open_image(row.image), (SIDE, SIDE))) for row in rows])
+
+
+def read_scenes(rows: list[data.Row], pictures: Tensor, reader: Reader) -> Tensor:
+    """The attributes (n, 9) of the pictures of rows. Raises InputError on a picture that is none of this world."""
+    reading = reader(pictures)
+    for row, distance in zip(rows, reading.distance.tolist()):
+        if distance > FOREIGN:
+            raise InputError(f"{row.image}: not a picture of the embedded models' world ({distance:.2f} away from the "
+                             f"nearest one, at most {FOREIGN} is), so nothing in it can be read back; score data such "
+                             "as examples/star, and judge other data by the panels that train.py draws")
+    return reading.rows
 
 
 def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:
     """("object" or "style", the attributes read from the first picture (9,), all pictures (n, 3, 64, 64))."""
     rows, pictures = read_pictures(folder)
     kind = "style" if "in [V] style" in rows[0].captions[0] else "object"
-    return kind, reader(pictures).rows[0], pictures
+    return kind, read_scenes(rows, pictures, reader)[0], pictures
 
 
 def new_scenes(kind: str, concept: Tensor, count: int, g: torch.Generator) -> Tensor:
@@ -128,13 +150,15 @@ class Judge:
         return in_batches(walk_of, self.vae, contexts, noise, grid_of(self.net, steps))
 
 
-def adapters(entries: list[str], net: torch.nn.Module) -> dict[str, lora.Adapter]:
-    """What `--lora NAME=FILE ...` asks for. Raises InputError."""
-    found = {}
+def adapters(entries: list[str], net: torch.nn.Module, taken: tuple[str, ...] = TAKEN) -> dict[str, lora.Adapter]:
+    """What `--lora NAME=FILE ...` asks for. taken: names of other columns. Raises InputError."""
+    found: dict[str, lora.Adapter] = {}
     for entry in entries:
         name, _, file = entry.rpartition("=")
         if not name:
             raise InputError(f"--lora {entry}: no name; write NAME=FILE")
+        if name in (*taken, *found):
+            raise InputError(f"--lora {entry}: another column has the name {name}; choose a different one")
         found[name] = lora_files.load(Path(file), net)
     return found
 
@@ -176,7 +200,9 @@ def main() -> None:
     parser.add_argument("--quantize", default=FLOAT, choices=(FLOAT, INT8), help="as in train.py; default none")
     options = parser.parse_args()
 
+    check(options)
     judge = Judge(options.model, options.quantize)
+    tuned = adapters(options.lora, judge.net)
     kind, concept, pictures = concept_of(options.data, judge.reader)
     g = generator(options.seed + 50, 0)
     new = concept_prompts(kind, concept, options.concept_prompts, g)
@@ -185,9 +211,10 @@ def main() -> None:
     shown = pictures[torch.arange(len(new.rows)) % len(pictures)]
     said, usual = judge.features.contexts(new.captions), judge.features.contexts(ordinary.captions)
 
-    columns = {"base": (None, said), **{name: (a, said) for name, a in adapters(options.lora, judge.net).items()},
+    columns = {"base": (None, said), **{name: (adapter, said) for name, adapter in tuned.items()},
                "teacher's view": (None, judge.features.contexts(new.captions, shown))}
-    scores, images = {}, {}
+    scores, images, table = {}, {}, Table(COLUMNS, list(columns))
+    print(table.head(), flush=True)
     for name, (adapter, context) in columns.items():
         drawn = judge.draw(context, noise_new, adapter)
         scores[name] = of_concept(judge.reader(drawn), new)
@@ -198,11 +225,12 @@ def main() -> None:
             images[name] += [to_image(p) for p in drawn[:3]]
         else:
             images[name] += [None] * 3
-        print(f"{name:16s}", "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
+        print(table.line(name, scores[name]), flush=True)
     rows = new.captions[:4] + ordinary.captions[:3]
     save_png(panel(images, rows), options.out / "panel.png",
              {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
     write_json(options.out / "scores.json", scores)
+    print(f"done     {options.out / 'scores.json'}, panel.png beside it")
 
 
 if __name__ == "__main__":

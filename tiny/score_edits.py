@@ -11,14 +11,19 @@ from torch import Tensor
 
 from encoder import check_references, reference_prompt
 from plumbing.checkpoints import backbone_of
-from plumbing.files import write_json
+from plumbing.files import InputError, write_json
 from plumbing.pictures import panel, save_png, to_image
 from plumbing.program import run
 from tiny.edits import CHANGES, Edits, changed, instruction
+from tiny.evaluate import Table, check
 from tiny.metrics import Reading
 from tiny.models import FLUX2_FOLDER
-from tiny.score import Judge, adapters, options_of, read_pictures
+from tiny.score import TAKEN, Judge, adapters, options_of, read_pictures, read_scenes
 from tiny.world import ATTRIBUTES, COLUMN, draw_marks, draw_scenes, generator
+
+SOURCE = "source"       # a column of panel.png alone
+COLUMNS = {"edits with [V]": {f"concept, {key}": key for key in ("changed", "kept", "marks", "distance")},
+           "ordinary edits": {f"ordinary, {key}": key for key in ("changed", "kept", "marks", "distance")}}
 
 
 def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str]) -> dict[str, float]:
@@ -37,7 +42,10 @@ def of_edits(reading: Reading, targets: Tensor, marks: Tensor, changes: list[str
 def edit_of(folder: str, judge: Judge) -> tuple[str, Tensor, Tensor]:
     """Instruction of a data folder with sources, the scene (9,) after its first edit, all targets (n, 3, 64, 64)."""
     rows, pictures = read_pictures(folder, editing=True)
-    return rows[0].captions[0], judge.reader(pictures).rows[0], pictures
+    if "paint" not in rows[0].captions[0]:
+        raise InputError(f'{rows[0].image}: its caption "{rows[0].captions[0]:.80}" is not about paint, the only edit '
+                         'that is scored; give data such as examples/paint, with "paint it [V]"')
+    return rows[0].captions[0], read_scenes(rows, pictures, judge.reader)[0], pictures
 
 
 def main() -> None:
@@ -46,8 +54,10 @@ def main() -> None:
                         help="number of pictures to edit with [V], and as many again without; default 80")
     options = parser.parse_args()
 
+    check(options)
     check_references(backbone_of(options.model), None, f"tiny.score_edits --model {options.model}")
     judge, g = Judge(options.model), generator(options.seed + 60, 0)
+    tuned = adapters(options.lora, judge.net, (*TAKEN, SOURCE))
     prompt, concept, pictures = edit_of(options.data, judge)
     sources = draw_scenes(options.prompts, g)
     targets = changed(sources, concept.expand_as(sources), "paint")
@@ -62,9 +72,11 @@ def main() -> None:
     usual = edits([instruction(row, change) for row, change in zip(ordinary.targets, ordinary.changes)], z_ordinary)
     seen = edits([reference_prompt(prompt, 1)] * options.prompts, z, shown)
 
-    columns = {"base": (None, said), **{name: (a, said) for name, a in adapters(options.lora, judge.net).items()},
+    columns = {"base": (None, said), **{name: (adapter, said) for name, adapter in tuned.items()},
                "teacher's view": (None, seen)}
-    scores, images = {}, {"source": [to_image(p) for p in (*before[:4], *before_ordinary[:3])]}
+    scores, images = {}, {SOURCE: [to_image(p) for p in (*before[:4], *before_ordinary[:3])]}
+    table = Table(COLUMNS, list(columns))
+    print(table.head(), flush=True)
     for name, (adapter, context) in columns.items():
         drawn = judge.draw(context, noise, adapter)
         scores[name] = {f"concept, {key}": value for key, value in
@@ -75,11 +87,13 @@ def main() -> None:
             scores[name] |= {f"ordinary, {key}": value for key, value in of_edits(
                 judge.reader(drawn), ordinary.targets, marks_ordinary, ordinary.changes).items()}
         images[name] += [to_image(p) for p in drawn[:3]] if name != "teacher's view" else [None] * 3
-        print(f"{name:16s}", "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()), flush=True)
-    rows = [prompt] * 4 + [instruction(row, change) for row, change in zip(ordinary.targets[:3], ordinary.changes)]
+        print(table.line(name, scores[name]), flush=True)
+    rows = [prompt] * len(before[:4])
+    rows += [instruction(row, change) for row, change in zip(ordinary.targets[:3], ordinary.changes)]
     save_png(panel(images, rows), options.out / "panel.png",
              {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
     write_json(options.out / "scores.json", scores)
+    print(f"done     {options.out / 'scores.json'}, panel.png beside it")
 
 
 if __name__ == "__main__":
