@@ -184,15 +184,13 @@ def main(argv: list[str] | None = None) -> None:
     vae = autoencoder.load(folder, device)
     images = {name: [to_image(vae.decode(z[None])[0]) for z in rows] for name, rows in latents.items()}
 
-    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model,
-             "lora": Path(cfg.lora).name if cfg.lora else "none"}
-    if sources:
-        facts["source"] = ", ".join(Path(path).name for path in cfg.source)
-    if cfg.reference:
-        facts["reference"] = Path(cfg.reference).name
+    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model, "lora": "none"}
+    files = {"lora": [cfg.lora], "source": cfg.source, "reference": [cfg.reference]}
+    facts |= {name: ", ".join(Path(path).name for path in paths if path) for name, paths in files.items() if any(paths)}
     out = Path(cfg.out)
     if cfg.compare:
-        save_png(panel(images, prompts), out, {"prompt": "\n".join(prompts), **facts})
+        given = {f"source {i}" if sources[1:] else "source": [it] * len(prompts) for i, it in enumerate(sources, 1)}
+        save_png(panel(given | images, prompts), out, {"prompt": "\n".join(prompts), **facts})
         print(out)
         return
     (pictures,) = images.values()
