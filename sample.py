@@ -191,12 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     vae = autoencoder.load(folder, device)
     images = {name: [to_image(vae.decode(z[None])[0]) for z in rows] for name, rows in latents.items()}
 
-    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model,
-             "lora": Path(cfg.lora).name if cfg.lora else "none"}
-    seen = {"source": cfg.source, "reference": [cfg.reference] if cfg.reference else []}
-    facts |= {name: ", ".join(Path(path).name for path in paths) for name, paths in seen.items() if paths}
+    facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model, "lora": "none"}
+    files = {"lora": [cfg.lora], "source": cfg.source, "reference": [cfg.reference]}
+    facts |= {name: ", ".join(Path(path).name for path in paths if path) for name, paths in files.items() if any(paths)}
     out = Path(cfg.out)
-    drawn = [(panel(images, prompts), "\n".join(prompts))] if cfg.compare else [*zip(*images.values(), prompts)]
+    given = {f"source {i}" if sources[1:] else "source": [it] * len(prompts) for i, it in enumerate(sources, 1)}
+    drawn = [(panel(given | images, prompts), "\n".join(prompts))] if cfg.compare else [*zip(*images.values(), prompts)]
     for i, (picture, prompt) in enumerate(drawn, 1):
         path = out if len(drawn) == 1 else out.with_name(f"{out.stem}_{i:03d}{out.suffix}")
         save_png(picture, path, {"prompt": prompt, **facts})

@@ -235,8 +235,9 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
 def encode(features: list[Features]) -> None:
     """Latents and the two contexts of Eq. 4, once; VAE and encoders are freed again."""
     last = [part for part in features if part.in_panels][-1]
+    kept = [path for part in features if not part.in_panels for one in part.examples for path in one.row.sources]
     for part in features:
-        part.encode(with_unrelated=part is last)
+        part.encode(part is last, kept)
 
 
 def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
@@ -254,9 +255,8 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -
         run.load()
     run.begin(recipe.name, fingerprint_of(features))
     print_summary(cfg, recipe, folder, run, tasks)
-    panels = Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed,
-                    features[0].dataset.examples[0].shape, [row for part in features for row in part.panel])
-    return run, tasks, panels
+    shown = [row for part in features for row in part.panel]
+    return run, tasks, Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed, shown)
 
 
 def task_of(index: int, source: Source, dataset: data.Dataset, cfg: Options, recipe: Recipe, model: Transformer,

@@ -12,11 +12,12 @@ Differs from the official code:
 import hashlib
 import json
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from collections.abc import Callable
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from plumbing.checkpoints import pixels_per_patch
 from plumbing.files import InputError
 from plumbing.machine import free
 from plumbing.panels import PanelRow
-from plumbing.pictures import Shape, crop, fit, open_image, to_tensor
+from plumbing.pictures import Shape, crop, fit, open_image, save_png, to_tensor
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe, vlm_of
 
@@ -66,58 +67,68 @@ class Features:
         self.examples = place(rows, self.shapes, self.area, cache, self.key, kind)
         self.rows = rows
 
-    def encode(self, with_unrelated: bool = True) -> None:
+    def encode(self, with_unrelated: bool = True, kept: Sequence[Path] = ()) -> None:
         """Fill the cache with what is missing there; then everything below is known. Raises InputError.
 
-        with_unrelated: whether the panel ends with a prompt that has nothing to do with the data.
+        with_unrelated: whether the panel ends with a prompt that has nothing to do with the data. kept: other sources.
         """
-        prompts = self.panel_rows() + ([(self.recipe.unrelated, None)] if with_unrelated else [])
-        shown = [example.file.stem for example in self.examples[:2]]
-        panel_key = hashlib.sha256(f"{self.key}{prompts}{shown}".encode()).hexdigest()[:40]
-        panel_file = self.cache / f"panel-{panel_key}.safetensors"
+        rows = self.panel_rows(kept) + ([(self.recipe.unrelated, None)] if with_unrelated else [])
+        shown = [(prompt, example and example.file.stem) for prompt, example in rows]
+        panel_file = self.cache / f"panel-{hashlib.sha256(f'{self.key}{shown}'.encode()).hexdigest()[:40]}.safetensors"
 
         def load_encoder() -> Encoder:
             reader = encoder_files.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
                                         self.cfg.teacher_rope, quantize=self.cfg.quantize)
-            self.encode_panel(reader, prompts, panel_file)              # while it is in memory
+            self.encode_panel(reader, rows, panel_file)                 # while it is in memory
             return reader
 
-        prepare(self.examples, self.multiple, self.area, lambda: autoencoder.load(self.folder, self.device),
+        new = [example for _, example in rows if example and example not in self.examples]
+        prepare(self.examples + new, self.multiple, self.area, lambda: autoencoder.load(self.folder, self.device),
                 load_encoder, self.device)
         self.dataset = data.Dataset(self.examples, self.cfg.batch_size, self.cfg.seed)
         if files.read_tensors(panel_file) is None:
             load_encoder()
             free()
-        with files.open_safetensors(panel_file) as file:
-            texts = {name: file.get_tensor(name) for name in file.keys()}
-        self.panel = []
-        for i, (prompt, index) in enumerate(prompts):
-            example = None if index is None else self.examples[index]
+        texts, self.panel = files.read_tensors(panel_file) or {}, []
+        for i, (prompt, example) in enumerate(rows):
             text = texts[f"student.{i}"]
             x0, cached, _ = example.read(0) if example else (None, Context(text), None)
             student, teacher = contexts(text, texts.get(f"teacher.{i}"), cached.references, x0, self.kind)
-            self.panel.append(PanelRow(
-                prompt, example.target() if example else None, student, teacher or student,
-                open_image(example.row.sources[0]) if example and cached.references else None))
+            source = open_image(example.row.sources[0]) if example and cached.references else None
+            label = "new for this prompt" if example in new else "" if not example or prompt in example.row.captions \
+                else "shown to the teacher" if self.kind else "the first image"
+            self.panel.append(PanelRow(prompt, example.target() if example else None, student, teacher or student,
+                                       (example or self.examples[0]).shape, source, label))
 
-    def panel_rows(self) -> list[tuple[str, int | None]]:
-        """(prompt, image that the teacher is shown): two training pairs and new prompts."""
+    def panel_rows(self, kept: Sequence[Path]) -> list[tuple[str, Example | None]]:
+        """(prompt, whose target the teacher is shown): two training pairs, new prompts, for editing a new source."""
         if not self.in_panels:
             return []
-        pairs, first = [(row.captions[0], i) for i, row in enumerate(self.rows[:2])], self.rows[0].captions[0]
-        new = []
-        if "[V]" in first and not self.rows[0].sources:
-            new = [self.recipe.new_style if "[V] style" in first else self.recipe.new_object]
-        return pairs + [(prompt, 0) for prompt in new + self.cfg.panel_prompt]
+        first, caption = self.examples[0], self.examples[0].row.captions[0]
+        rows: list[tuple[str, Example | None]] = [(example.row.captions[0], example) for example in self.examples[:2]]
+        if "[V]" in caption and not first.row.sources:
+            rows.append((self.recipe.new_style if "[V] style" in caption else self.recipe.new_object, first))
+        rows += [(prompt, first) for prompt in self.cfg.panel_prompt]
+        if first.row.sources:   # training has none with this caption: a kept one, another caption's, the last mirrored
+            edits = [example.row for example in self.examples if example.row.sources]
+            paired = {path.resolve() for row in edits if caption in row.captions for path in row.sources}
+            others = (*kept, *(row.sources[0] for row in edits))
+            source = next((path for path in others if path.resolve() not in paired), None)
+            if source is None:
+                self.scratch = tempfile.TemporaryDirectory()            # is gone when this object is
+                source = Path(self.scratch.name) / "mirrored.png"
+                save_png(ImageOps.mirror(open_image(others[-1])), source, {})
+            new = Row(None, (caption,), open_image(source).size, (source, *first.row.sources[1:]))
+            rows += [(caption, example) for example in place([new], self.shapes, self.area, self.cache, self.key, "")]
+        return rows
 
-    def encode_panel(self, reader: Encoder, prompts: list[tuple[str, int | None]], path: Path) -> None:
+    def encode_panel(self, reader: Encoder, rows: list[tuple[str, Example | None]], path: Path) -> None:
         """Texts of the panel's contexts, "student.i" and "teacher.i", into a file."""
-        texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in prompts]))}
-        shown = [(i, prompt, self.rows[index]) for i, (prompt, index) in enumerate(prompts) if index is not None]
-        if self.kind:
-            crops = [crop(open_image(str(row.image)), nearest_shape(row.size, self.shapes)) for _, _, row in shown]
-            read = reader.teacher_texts(self.kind, [prompt for _, prompt, _ in shown], crops,
-                                        [len(row.sources) for _, _, row in shown])
+        texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in rows]))}
+        if shown := [(i, prompt, e) for i, (prompt, e) in enumerate(rows) if e and e.kind]:
+            read = reader.teacher_texts(self.kind, [prompt for _, prompt, _ in shown],
+                                        [crop(open_image(str(e.row.image)), e.shape) for _, _, e in shown],
+                                        [len(e.row.sources) for _, _, e in shown])
             texts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, read)}
         files.write_tensors(path, {name: c.cpu().clone() for name, c in texts.items()})
 

@@ -12,7 +12,7 @@ from networks import vae as autoencoder
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, latent_shape, starting_noise
 from plumbing.machine import free, free_gb
-from plumbing.pictures import Shape, panel, save_png, to_image
+from plumbing.pictures import TILE, Shape, panel, save_png, to_image
 from rollout import sigma_grid
 from sample import draw
 
@@ -26,43 +26,48 @@ class PanelRow:
     target: Image.Image | None
     student: Context                        # Eq. 4
     teacher: Context
+    shape: Shape                            # (height, width) of what is drawn
     source: Image.Image | None = None       # for editing: the (first) picture that the prompt says how to change
+    label: str = ""                         # on the target, or on the source where there is none
 
 
 class Panels:
-    """The panels of a training run: target, base, student, teacher; the same noise in every cell and every panel."""
+    """The panels of a training run: target, base, student, teacher; the same noise for every column and every panel."""
 
     def __init__(self, folder: Path, model: Transformer, shift_of: Shift, steps: int, seed: int,
-                 size: Shape, rows: list[PanelRow]) -> None:
-        """size: (height, width) of every picture."""
-        self.folder, self.model, self.seed, self.rows, self.size = folder, model, seed, rows, size
-        shape = latent_shape(folder, *size)
-        self.noise = starting_noise(backbone_of(folder), seed, shape)
-        self.sigmas = sigma_grid(shift_of(steps, *shape[1:]), steps)
+                 rows: list[PanelRow]) -> None:
+        self.folder, self.model, self.seed, self.steps, self.rows = folder, model, seed, steps, rows
+        self.noise = [starting_noise(backbone_of(folder), seed, latent_shape(folder, *row.shape)) for row in rows]
+        self.sigmas = [sigma_grid(shift_of(steps, *noise.shape[2:]), steps) for noise in self.noise]
         self.base: list[Image.Image] = []
 
     def draw(self, path: Path, note: str, student: lora.Adapter, teacher: lora.Adapter | None,
              others: dict[str, lora.Adapter] | None = None) -> None:
         """Write the panel of a student and its teachers: one that is shown the target, and others that read the prompt,
-        by the titles of their columns; all of them optional."""
+        by the titles of their columns; all of them optional. The student's pictures that it shrinks are beside it."""
         free()
         device = next(self.model.parameters()).device
-        fits = free_gb(device) > 4 * math.prod(self.size) / 2 ** 20     # what decoding takes (benchmarks/README.md)
+        fits = free_gb(device) > 4 * max(math.prod(row.shape) for row in self.rows) / 2 ** 20   # benchmarks/README.md
         vae = autoencoder.load(self.folder, device if fits else "cpu")  # small, not needed between panels
 
         def pictures(contexts: list[Context], adapter: lora.Adapter | None) -> list[Image.Image]:
-            latents = draw(self.model, contexts, self.noise, self.sigmas, adapter)
-            return [to_image(vae.decode(z[None].to(next(vae.parameters()).device))[0]) for z in latents]
+            latents = [draw(self.model, [context], noise, sigmas, adapter)
+                       for context, noise, sigmas in zip(contexts, self.noise, self.sigmas, strict=True)]
+            return [to_image(vae.decode(z.to(next(vae.parameters()).device))[0]) for z in latents]
 
-        steps, prompts = len(self.sigmas) - 1, [row.prompt for row in self.rows]
-        texts = [row.student for row in self.rows]
+        prompts, texts = [row.prompt for row in self.rows], [row.student for row in self.rows]
+        facts: dict[str, str | int] = {"seed": self.seed, "steps": self.steps, "lora": note}
         self.base = self.base or pictures(texts, None)
-        given: dict[str, Sequence[Image.Image | None]] = {"source": [row.source for row in self.rows],
-                                                          "target": [row.target for row in self.rows]}
-        columns = {name: images for name, images in given.items() if any(images)}
-        columns |= {"base": self.base, "student": pictures(texts, student)}
+        columns: dict[str, Sequence[Image.Image | None]] = {
+            "source": [row.source for row in self.rows], "target": [row.target for row in self.rows],
+            "base": self.base, "student": pictures(texts, student)}
         if teacher is not None:
             columns["teacher (sees the target)"] = pictures([row.teacher for row in self.rows], teacher)
         columns |= {title: pictures(texts, adapter) for title, adapter in (others or {}).items()}
-        save_png(panel(columns, prompts, f"{note}, {steps} solver steps, seed {self.seed}"), path,
-                 {"prompt": "\n".join(prompts), "seed": self.seed, "steps": steps, "lora": note})
+        for i, picture in enumerate(columns["student"], 1):
+            if picture and picture.width > TILE:
+                save_png(picture, path.with_name(f"{path.stem}_{i}.png"), {"prompt": prompts[i - 1], **facts})
+        labels = {("target" if row.target else "source", i): row.label for i, row in enumerate(self.rows)}
+        table = panel({name: images for name, images in columns.items() if any(images)}, prompts,
+                      f"{note}, {self.steps} solver steps, seed {self.seed}", labels)
+        save_png(table, path, {"prompt": "\n".join(prompts), **facts})

@@ -1,4 +1,5 @@
 """Pictures: read any image as RGB, crop and resize it, write PNGs, and put many into one labelled table."""
+import contextlib
 import io
 import math
 import textwrap
@@ -15,6 +16,11 @@ from torch import Tensor
 from plumbing.files import InputError, write_bytes
 
 Shape = tuple[int, int]  # (height, width) in pixels
+TILE = 320      # pixels: the widest tile of a panel
+# Names by which Pillow finds them, "" is its own: for other letters, for Chinese, Japanese and Korean, for emoji.
+FONTS = ("", "DejaVuSans.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf",
+         "PingFang.ttc", "Hiragino Sans GB.ttc", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "seguiemj.ttf")
+UNWRITTEN = 'numbers stand for captions that no font here can write; see "prompt" in the metadata'
 
 
 # ------------------------------------------------------------------------------------------------------- in
@@ -87,27 +93,48 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
 
 
-def panel(columns: Mapping[str, Sequence[Image.Image | None]], rows: list[str], note: str = "") -> Image.Image:
-    """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left."""
-    last = reversed(list(columns.values()))  # drawn pictures, all of one shape; sources and targets are fitted into it
-    first = next(image for images in last for image in images if image is not None)
-    tile = (160, max(1, 160 * first.height // first.width)) if first.width < 160 else \
-        (320, max(1, 320 * first.height // first.width))
-    font, gap, left, top = ImageFont.load_default(13), 6, 190, 26
-    size = (left + len(columns) * (tile[0] + gap), top + len(rows) * (tile[1] + gap) + (20 if note else 0))
-    sheet = Image.new("RGB", size, "white")
+def font_of(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
+    """A font that has every character of `text`: Pillow's own, else one of the system's, else None."""
+    for name in FONTS:
+        with contextlib.suppress(OSError):                              # it is not here, or in other sizes only
+            font = ImageFont.truetype(name, 13) if name else ImageFont.load_default(13)
+            if bytes(font.getmask("\U0010fffe")) not in {bytes(font.getmask(c)) for c in "".join(text.split())}:
+                return font                                             # nothing looks like what is no character
+    return None
+
+
+def panel(columns: Mapping[str, Sequence[Image.Image | None]], rows: list[str], note: str = "",
+          labels: Mapping[tuple[str, int], str] = {}) -> Image.Image:
+    """Pictures in a labelled table: column name -> one picture per row (None stays empty), row captions on the left.
+
+    A row has the shape of its last picture, a drawn one; others are fitted into it. A caption that no font here can
+    write becomes the row's number. labels: (column, row) -> what stands on that picture.
+    """
+    drawn = [next(image for image in reversed(row) if image) for row in zip(*columns.values(), strict=True)]
+    wide = TILE if any(image.width >= TILE // 2 for image in drawn) else TILE // 2
+    tiles = [(wide, max(1, wide * image.height // image.width)) for image in drawn]
+    plain, gap, left, line = ImageFont.load_default(13), 6, 190, 17
+    tops = [26 + sum(height + gap for _, height in tiles[:i]) for i in range(len(rows) + 1)]
+    if not all(map(font_of, [note, *rows])):
+        note = f"{note}\n{UNWRITTEN}" if note and font_of(note) else UNWRITTEN
+    foot = line * (note.count("\n") + 1) + 3 if note else 0
+    sheet = Image.new("RGB", (left + len(columns) * (wide + gap), tops[-1] + foot), "white")
     pen = ImageDraw.Draw(sheet)
     for j, (name, images) in enumerate(columns.items()):
-        x = left + j * (tile[0] + gap)
-        pen.text((x + 2, 6), name, fill="black", font=font)
-        for i, image in enumerate(images):
+        x = left + j * (wide + gap)
+        pen.text((x + 2, 6), name, fill="black", font=font_of(name) or plain)
+        for i, (image, tile, top) in enumerate(zip(images, tiles, tops)):
             if image is not None:
-                smooth = Image.Resampling.NEAREST if image.width <= tile[0] else Image.Resampling.LANCZOS
-                sheet.paste(ImageOps.pad(image, tile, smooth, color="white"), (x, top + i * (tile[1] + gap)))
+                smooth = Image.Resampling.NEAREST if image.width <= wide else Image.Resampling.LANCZOS
+                sheet.paste(ImageOps.pad(image, tile, smooth, color="white"), (x, top))
+            pen.text((x + 4, top + 2), labels.get((name, i), ""), "black", plain, stroke_width=2, stroke_fill="white")
     for i, caption in enumerate(rows):
-        pen.text((6, top + i * (tile[1] + gap)), "\n".join(textwrap.wrap(caption, 26)[:9]), fill="black", font=font)
-    if note:
-        pen.text((6, size[1] - 18), note, fill="gray", font=font)
+        font, text = font_of(caption) or plain, caption if font_of(caption) else f"row {i + 1}"
+        lines = next(lines for most in range(26, 0, -1)                 # those that fit beside the pictures
+                     if max(map(font.getlength, lines := textwrap.wrap(text, most)), default=0) <= 180)
+        text = "\n".join(lines[:tiles[i][1] // line or 1])
+        pen.text((6, tops[i]), text, "black", font, spacing=line - font.getbbox("A")[3])
+    pen.text((6, tops[-1] + 2), note, fill="gray", font=font_of(note) or plain)
     return sheet
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import KLEIN_TOKENS, draw_picture, fill_b
 from diffusers import Flux2KleinPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from test_bad_input import Place, edit_json, refused, sample_words, table, train_words
 from test_sample import difference, pixels, tiles
 
@@ -21,7 +21,7 @@ from networks import flux2
 from networks.flux2 import KLEIN
 from plumbing import checkpoints, encoder_files, machine
 from plumbing.files import InputError
-from plumbing.pictures import crop, open_image
+from plumbing.pictures import crop, fit, open_image
 from plumbing.program import run as run_program
 
 SIZES = [(32, 32), (24, 48)]                                                        # height, width
@@ -183,15 +183,35 @@ def test_vlm_reads_the_reference(pipeline, ours, klein, pictures, area_of_the_pi
                                  size=size)) > 10
 
 
-def test_compare_puts_base_student_and_teacher_side_by_side(ours, strong, pictures):
+def test_compare_puts_source_base_student_and_teacher_side_by_side(ours, strong, pictures):
     words = ("--prompt", "a red star", "--steps", 2, "--source", pictures["tall"])
     shown = ("--reference", pictures["wide"])
     sheet = ours(*words, *shown, "--lora", strong, "--compare")
     singles = [ours(*words), ours(*words, "--lora", strong), ours(*words, *shown, "--lora", strong)]
-    for tile, single in zip(*tiles(sheet, 3, 1, (32, 32)), singles, strict=True):
+    source, *drawn = tiles(sheet, 4, 1, (32, 32))[0]
+    for tile, single in zip(drawn, singles, strict=True):
         enlarged = Image.fromarray(single.astype(np.uint8)).resize((160, 160), Image.Resampling.NEAREST)
         assert difference(np.asarray(enlarged).astype(int), tile) <= 1
     assert min(difference(a, b) for a, b in zip(singles, singles[1:])) > 10
+    assert difference(source, in_a_tile(pictures["tall"])) == 0
+
+
+def in_a_tile(path: Path) -> np.ndarray:
+    """A picture to edit as a panel of square pictures shows it: in the size that the model is given."""
+    return np.asarray(ImageOps.pad(fit(open_image(path), 8, 64 ** 2, path), (160, 160), Image.Resampling.NEAREST,
+                                   color="white")).astype(int)
+
+
+def test_compare_has_a_column_for_each_source(ours, strong, pictures):
+    """Both are shown beside each prompt; without --compare there is no panel, and without --source no column."""
+    words = ("--prompt", "a red star", "--prompt", "a heart", "--steps", 1, "--lora", strong, "--compare")
+    sheet = ours(*words, "--source", pictures["tall"], "--source", pictures["square"])
+    table = tiles(sheet, 4, 2, (32, 32))
+    for row in table:
+        for tile, name in zip(row, ("tall", "square")):
+            assert difference(tile, in_a_tile(pictures[name])) == 0
+    assert difference(table[0][2], table[1][2]) > 10
+    assert sheet.shape[1] == ours(*words).shape[1] + 2 * 166
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

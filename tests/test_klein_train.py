@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from test_flux2 import their_velocity
 from test_resume import assert_same_run, press_ctrl_c, saved_step
-from test_sample import difference, pixels, tiles
+from test_sample import difference, pixels, tiles_of
 from test_train import noise_of, with_adapter
 
 import data
@@ -248,32 +248,85 @@ def test_summary_and_recipe(run, edits, capsys):
 def test_panel_cells_are_what_sample_draws(run, klein, edits, tmp_path, context):
     out = run("real", "--data", edits, "--steps", 3, "--sample-every", 3, "--seed", 6, "--teacher-context", context,
               "--panel-prompt", "paint it green")
-    first, last = (tiles(pixels(out / "samples" / f"step_00000{n}.png"), 5, 4, (32, 32)) for n in (0, 3))
-    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", KLEIN.recipes[1].unrelated]
+    shapes = [(32, 32), (32, 32), (32, 32), (40, 24), (32, 32)]                      # the new source is 24 x 40
+    first, last = (tiles_of(pixels(out / "samples" / f"step_00000{n}.png"), 5, shapes) for n in (0, 3))
+    prompts = [f"make it {CAPTIONS[0]}", f"make it {CAPTIONS[1]}", "paint it green", f"make it {CAPTIONS[0]}",
+               KLEIN.recipes[1].unrelated]
 
-    def enlarged(image: Image.Image) -> np.ndarray:
-        """As in a tile, in the middle of a white square."""
-        return np.asarray(ImageOps.pad(image, (160, 160), Image.Resampling.NEAREST, color="white")).astype(int)
+    def enlarged(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+        """As in a tile of its row, in the middle of white."""
+        return np.asarray(ImageOps.pad(image, (160, 160 * shape[0] // shape[1]), Image.Resampling.NEAREST,
+                                       color="white")).astype(int)
 
-    def cell(*flags) -> np.ndarray:
-        words = ["--model", klein, "--height", 32, "--width", 32, "--seed", 6, "--device", "cpu", "--out",
+    def cell(shape: tuple[int, int], *flags) -> np.ndarray:
+        words = ["--model", klein, "--height", shape[0], "--width", shape[1], "--seed", 6, "--device", "cpu", "--out",
                  tmp_path / "cell.png", "--teacher-context", context]
         sample.main([str(word) for word in (*words, *flags)])
-        return enlarged(Image.open(tmp_path / "cell.png"))
+        return enlarged(Image.open(tmp_path / "cell.png"), shape)
 
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, shape) in enumerate(zip(prompts, shapes, strict=True)):
         source, target, drawn, student, teacher = last[i]
         row = {0: 0, 1: 1, 2: 0}.get(i)                                              # a new prompt is shown the first
         files = [edits / f"{row}_{j}.png" for j in range(len(EDITS[row][1]))] if row is not None else []
-        words = ["--prompt", prompt, *(word for file in files for word in ("--source", file))]
         shown = ["--reference", edits / f"{row}.png"] if files else []
+        files += [edits / "1_0.png"] if i == 3 else []                               # the source of another caption
+        words = ["--prompt", prompt, *(word for file in files for word in ("--source", file))]
         assert difference(first[i][2], drawn) == 0 and difference(first[i][3], drawn) == 0    # B = 0 at the start
-        assert difference(cell(*words), drawn) <= 2
-        assert difference(cell(*words, "--lora", out / "student.safetensors"), student) <= 2
-        assert difference(cell(*words, *shown, "--lora", out / "teacher.safetensors"), teacher) <= 2
-        if files:
-            assert difference(source, enlarged(Image.open(files[0]))) == 0
+        assert difference(cell(shape, *words), drawn) <= 2
+        assert difference(cell(shape, *words, "--lora", out / "student.safetensors"), student) <= 2
+        assert difference(cell(shape, *words, *shown, "--lora", out / "teacher.safetensors"), teacher) <= 2
+        if files:                                                                    # labels stand above
+            assert difference(source[20 * (i == 3):], enlarged(Image.open(files[0]), shape)[20 * (i == 3):]) == 0
+        if shown:
             crop = pictures.crop(pictures.open_image(edits / f"{row}.png"), (32, 32))
-            assert difference(target, enlarged(crop)) == 0
-    assert (last[3][0] == 255).all() and (last[3][1] == 255).all()                   # nothing to edit
+            assert difference(target[20 * (i == 2):], enlarged(crop, shape)[20 * (i == 2):]) == 0
+    assert (last[4][0] == 255).all() and (last[3][1] == 255).all() and (last[4][1] == 255).all()  # nothing to edit
     assert difference(last[0][2], last[0][3]) > 2 and difference(first[0][3], first[0][4]) > 2
+
+
+def alike(folder: Path, edits: Path) -> Path:
+    """The rows of `edits` with one source, and one caption for all of them."""
+    rows = [{"file_name": str(edits / f"{i}.png"), "text": "make it [V]", "source": str(edits / f"{i}_0.png")}
+            for i in (0, 2)]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def test_the_new_source_is_one_that_training_does_not_have(prepare, edits, tmp_path):
+    """A kept one, another caption's, or the last as in a mirror; never one that is learned with this caption."""
+    one, keep = alike(tmp_path / "alike", edits), tmp_path / "keep.jsonl"
+    draw_picture(tmp_path / "kept.png", (40, 24), 7)
+
+    def new(data, *kept) -> tuple[Image.Image, list[str]]:
+        keep.write_text("".join(json.dumps({"text": "paint it green", "source": str(path)}) + "\n" for path in kept))
+        rows = prepare("--data", data, *(("--keep", keep) if kept else ())).panels.rows
+        (row,) = [row for row in rows if row.label == "new for this prompt"]
+        assert row.prompt == rows[0].prompt and row.target is None and row.teacher is row.student
+        assert len(row.student.references) == 1 and len(rows) == 4 and rows[2] is row
+        return row.source, row.shape
+
+    def same(image: Image.Image, other: Image.Image) -> bool:
+        return image.size == other.size and image.tobytes() == other.convert("RGB").tobytes()
+
+    first, last = (Image.open(edits / f"{i}_0.png") for i in (0, 2))
+    assert same(new(one)[0], ImageOps.mirror(last.convert("RGB"))) and not same(new(one)[0], last)
+    assert same(new(one, edits / "0_0.png")[0], ImageOps.mirror(last.convert("RGB")))       # kept, but learned too
+    image, shape = new(one, edits / "0_0.png", tmp_path / "kept.png")
+    assert same(image, Image.open(tmp_path / "kept.png")) and shape == (24, 40)
+    lines = one.read_text().splitlines()
+    one.write_text(f"{lines[0]}\n" + lines[1].replace("make it [V]", "another") + "\n")
+    assert same(new(one)[0], last) and not same(new(one)[0], first)
+
+
+def test_the_new_source_is_encoded_again_when_it_changes(prepare, edits, tmp_path):
+    """The same path and another picture: its latents are the other's, and training stays what it was."""
+    flags = ("--data", alike(tmp_path / "alike", edits), "--keep", tmp_path / "keep.jsonl")
+    (tmp_path / "keep.jsonl").write_text(json.dumps({"text": "paint it green", "source": "kept.png"}) + "\n")
+    found = []
+    for seed in (7, 8, 7):
+        draw_picture(tmp_path / "kept.png", (40, 40), seed)
+        rows = prepare(*flags).panels.rows
+        assert rows[2].label == "new for this prompt"
+        found.append(rows[2].student.references[0])
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1], atol=0.1)

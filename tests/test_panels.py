@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CAPTIONS, fill_b, on_each_loss, write_pictures
-from PIL import Image
-from test_sample import difference, pixels, tiles
+from PIL import Image, ImageOps
+from test_sample import difference, pixels, tiles, tiles_of
 
 import lora
 import model as zimage
@@ -45,6 +45,36 @@ def test_panel_cells_are_what_sample_draws(run, checkpoint, photos, tmp_path):
             enlarged = crop.resize((160, 160), Image.Resampling.NEAREST)
             assert difference(target, np.asarray(enlarged).astype(int)) == 0
     assert (last[3][0] == 255).all() and difference(last[0][1], last[0][2]) > 2
+    assert difference(last[2][0][20:], last[0][0][20:]) == 0       # the first target, with a label above
+    assert difference(last[2][0][:20], last[0][0][:20]) > 100
+
+
+def test_a_target_that_is_not_the_prompts_own_says_so(run, prepare):
+    """Its own caption needs no label, and who is not shown the target is not said to be."""
+    flags = ("--panel-prompt", CAPTIONS[0], "--panel-prompt", "a moon")
+    for more, word in (((), "shown to the teacher"), (("--method", "sft"), "the first image")):
+        rows = prepare(*flags, *more).panels.rows
+        assert [row.label for row in rows] == ["", "", "", word, ""] and rows[-1].target is None
+        assert rows[3].target.tobytes() == rows[0].target.tobytes()
+
+
+def test_rows_have_the_shapes_of_their_own_pictures(run, checkpoint, tmp_path):
+    mixed = write_pictures(tmp_path / "mixed", [(40, 80), (80, 40), (40, 40)])
+    out = run("real", "--data", mixed, "--steps", 1, "--sample-every", 1, "--panel-prompt", "a moon")
+    shapes, prompts = [(40, 24), (24, 40), (40, 24), (40, 24)], [*CAPTIONS[:2], "a moon", recipes.SMALL.unrelated]
+    sheet = pixels(out / "samples" / "step_000001.png")
+    assert sheet.shape[0] == 26 + sum(160 * height // width + 6 for height, width in shapes) + 20
+    table = tiles_of(sheet, 4, shapes)
+    for prompt, (height, width), row in zip(prompts, shapes, table, strict=True):
+        sample.main(["--model", str(checkpoint), "--prompt", prompt, "--height", str(height), "--width", str(width),
+                     "--out", str(tmp_path / "cell.png"), "--lora", str(out / "student.safetensors")])
+        picture = Image.open(tmp_path / "cell.png")
+        enlarged = picture.resize((160, 160 * height // width), Image.Resampling.NEAREST)
+        assert difference(np.asarray(enlarged).astype(int), row[2]) <= 2
+    for i, shape in enumerate(shapes[:2]):
+        crop = pictures.crop(pictures.open_image(mixed / f"{i}.png"), shape)
+        enlarged = crop.resize((160, 160 * shape[0] // shape[1]), Image.Resampling.NEAREST)
+        assert difference(np.asarray(enlarged).astype(int), table[i][0]) == 0
 
 
 def test_panel_contexts_belong_to_the_pictures(run, tmp_path):
@@ -69,13 +99,13 @@ def test_a_panel_by_itself(checkpoint, tmp_path, monkeypatch):
     draw = torch.Generator().manual_seed(1)
     student, teacher = (zimage.Context(torch.randn(9, 128, generator=draw)) for _ in range(2))
     target = Image.new("RGB", (32, 32), "red")
-    rows = [PanelRow("one", target, student, teacher), PanelRow("two", None, student, teacher)]
-    panels, drawn = Panels(checkpoint, net, lambda *_: 3.0, 2, 5, (32, 32), rows), []
+    rows = [PanelRow(prompt, image, student, teacher, (32, 32)) for prompt, image in (("one", target), ("two", None))]
+    panels, drawn = Panels(checkpoint, net, lambda *_: 3.0, 2, 5, rows), []
     monkeypatch.setattr("plumbing.panels.draw", lambda *given: drawn.append(given[-1]) or sample.draw(*given))
     first, second = (fill_b(lora.create(net, 2, 2, 0), seed) for seed in (1, 2))
     panels.draw(tmp_path / "1.png", "a note", first, first, {"another": second})
     panels.draw(tmp_path / "2.png", "a note", second, None)
-    assert drawn == [None, first, first, second, second]
+    assert drawn == [None, None, first, first, first, first, second, second, second, second]      # each row by itself
     text = Image.open(tmp_path / "1.png").text
     assert {"prompt": "one\ntwo", "seed": "5", "steps": "2", "lora": "a note"}.items() <= text.items()
     (wide, narrow) = (tiles(pixels(tmp_path / f"{i}.png"), columns, 2, (32, 32)) for i, columns in ((1, 5), (2, 3)))
@@ -83,3 +113,24 @@ def test_a_panel_by_itself(checkpoint, tmp_path, monkeypatch):
     for row, again in zip(wide, narrow, strict=True):
         assert difference(row[1], again[1]) == 0 and difference(row[4], again[2]) == 0
         assert min(difference(row[1], row[2]), difference(row[2], row[3]), difference(row[2], row[4])) > 2
+
+
+@pytest.mark.quick
+def test_pictures_that_a_panel_shrinks_are_beside_it(checkpoint, tmp_path):
+    """At full size and with their prompts, in row order; those that it shows as they are need no file."""
+    net = zimage.Z_IMAGE.load(checkpoint, "cpu", torch.float32)
+    context = zimage.Context(torch.randn(9, 128, generator=torch.Generator().manual_seed(1)))
+    shapes = [(8, 320), (16, 328), (32, 32), (8, 328)]
+    rows = [PanelRow(f"prompt {i}", None, context, context, shape) for i, shape in enumerate(shapes, 1)]
+    student = fill_b(lora.create(net, 2, 2, 0), 1)
+    Panels(checkpoint, net, lambda *_: 3.0, 1, 5, rows).draw(tmp_path / "step_000100.png", "a note", student, None)
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["step_000100.png", "step_000100_2.png", "step_000100_4.png"]
+    sheet = pixels(tmp_path / "step_000100.png")
+    for i in (2, 4):
+        picture = Image.open(tmp_path / f"step_000100_{i}.png")
+        assert picture.size == shapes[i - 1][::-1]
+        assert {"prompt": f"prompt {i}", "seed": "5", "steps": "1", "lora": "a note"}.items() <= picture.text.items()
+        shrunk = ImageOps.pad(picture, (320, 320 * picture.height // picture.width), Image.Resampling.LANCZOS,
+                              color="white")
+        assert difference(np.asarray(shrunk).astype(int), tiles_of(sheet, 2, shapes, 320)[i - 1][1]) == 0

@@ -1,4 +1,7 @@
 """Pictures: every file format and mode to upright RGB, crops, reference images."""
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +122,65 @@ def test_why_a_picture_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", locked)
     with pytest.raises(InputError, match=r"large\.png: cannot be read \(Permission denied\)"):
         open_image(tmp_path / "large.png")
+
+
+# ---------------------------------------------------------------------------------------------------- panels
+@pytest.fixture
+def fonts(monkeypatch):
+    """Pillow's own font, which has ASCII letters, and one with those of more languages, but not Chinese."""
+    more = str(Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
+    monkeypatch.setattr(pictures, "FONTS", ("", "no such font.ttf", more))
+
+
+def red(height: int = 32, width: int = 32) -> Image.Image:
+    return Image.new("RGB", (width, height), "red")
+
+
+def test_a_font_has_all_letters_or_is_not_used(fonts):
+    names = {text: font and font.getname()[0] for text in ("a red star, [V]", "", "красная звезда", "a [V] — é", "夜",
+                                                           "a star, 夜", "красная 夜", "\U0010fffe")
+             for font in [pictures.font_of(text)]}
+    assert set(list(names.values())[:2]) == {"Aileron"} and set(list(names.values())[2:4]) == {"DejaVu Sans"}
+    assert list(names.values())[4:] == [None] * 4
+
+
+def test_rows_that_no_font_can_write_are_numbered(fonts):
+    columns, captions = {"base": [red(), red()], "student": [red(), None]}, ["a red star", "夜の星"]
+    sheet, numbered, plain = (np.asarray(pictures.panel(columns, [captions[0], text], "note"))
+                              for text in (captions[1], "row 2", "another"))
+    assert len(sheet) == len(plain) + 17                                        # one more line says why
+    last = len(plain) - 2
+    assert np.array_equal(sheet[:last], numbered[:last]) and not np.array_equal(sheet[:last], plain[:last])
+    assert np.array_equal(sheet[:190], plain[:190]) and (sheet[last:] < 200).any()
+    assert (np.asarray(pictures.panel(columns, captions))[-17:] < 200).any()    # also without a note
+    own = np.asarray(pictures.panel(columns, captions[:1] * 2, "夜"))            # nor a note that it cannot write
+    assert np.array_equal(own, np.asarray(pictures.panel(columns, captions[:1] * 2, pictures.UNWRITTEN)))
+
+
+def test_captions_stay_beside_the_pictures(fonts):
+    """Wide letters, and words without spaces: in lines that fit, and not below the row."""
+    for caption in ("Щ" * 200, "Широкая " * 40, "m" * 200):
+        sheet = np.asarray(pictures.panel({"student": [red(), red(16, 32)]}, [caption, caption]))
+        assert (sheet[26:, 186:190] == 255).all() and (sheet[26:, 190:350] == [255, 0, 0]).sum() > 3 * 160 * 200
+        ink = (sheet[:, :186] < 128).all(2).any(1)
+        assert ink[26:186].sum() > 60 and not ink[187:192].any() and ink[192:272].any() and not ink[272:].any()
+
+
+def test_rows_have_their_own_shapes():
+    """That of the picture drawn last; what is given is fitted into it, and nothing changes where shapes are equal."""
+    blue = Image.new("RGB", (32, 32), "blue")
+    sheet = np.asarray(pictures.panel({"target": [blue, blue], "student": [red(32, 16), red(16, 32)]}, ["a", "b"]))
+    assert sheet.shape == (26 + 320 + 6 + 80 + 6, 190 + 2 * 166, 3)
+    assert (sheet[26:346, 356:516] == [255, 0, 0]).all() and (sheet[352:432, 356:516] == [255, 0, 0]).all()
+    assert (sheet[106:266, 190:350] == [0, 0, 255]).all() and (sheet[26:106, 190:350] == 255).all()
+    assert (sheet[352:432, 230:310] == [0, 0, 255]).all() and (sheet[352:432, 190:230] == 255).all()
+    large = np.asarray(pictures.panel({"student": [red(160, 160), red(16, 32)]}, ["a", "b"]))
+    assert large.shape == (26 + 320 + 6 + 160 + 6, 190 + 326, 3)
+
+
+def test_a_label_stands_on_its_picture():
+    columns = {"target": [red(), red()], "student": [red(), red()]}
+    plain, labelled = (np.asarray(pictures.panel(columns, ["a", "b"], "", labels)).astype(int)
+                       for labels in ({}, {("target", 1): "a label", ("student", 0): ""}))
+    rows, places = np.nonzero(np.abs(plain - labelled).max(2))
+    assert 192 <= rows.min() and rows.max() < 215 and 190 <= places.min() and places.max() < 350

@@ -113,9 +113,19 @@ def test_several_prompts_equal_single_ones(ours, tmp_path, capsys):
 
 
 def tiles(sheet: np.ndarray, columns: int, rows: int, size: tuple[int, int]) -> list[list[np.ndarray]]:
-    """The pictures of a panel, found by its layout: 190 pixels of captions, 26 of names, tiles 160 wide."""
-    height = 160 * size[0] // size[1]
-    return [[sheet[26 + i * (height + 6):, 190 + j * 166:][:height, :160] for j in range(columns)] for i in range(rows)]
+    """The pictures of a panel whose rows have one shape."""
+    return tiles_of(sheet, columns, [size] * rows)
+
+
+def tiles_of(sheet: np.ndarray, columns: int, sizes: list[tuple[int, int]], wide: int = 160) -> list[list[np.ndarray]]:
+    """The pictures of a panel, found by its layout: 190 pixels of captions, 26 of names, tiles of one width.
+
+    sizes: (height, width) of each row.
+    """
+    heights = [wide * height // width for height, width in sizes]
+    tops = [26 + sum(heights[:i]) + 6 * i for i in range(len(sizes))]
+    return [[sheet[top:, 190 + j * (wide + 6):][:height, :wide] for j in range(columns)]
+            for top, height in zip(tops, heights)]
 
 
 @pytest.mark.parametrize("size", SIZES)
