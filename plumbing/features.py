@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,15 +24,14 @@ from tqdm import tqdm
 
 import data
 from data import Example, Row, nearest_shape
-from encoder import TEACHER_CONTEXTS, Encoder, contexts
-from model import Context
+from encoder import TEACHER_CONTEXTS
 from networks import vae as autoencoder
 from plumbing import encoder_files, files
 from plumbing.checkpoints import pixels_per_patch
 from plumbing.files import InputError
 from plumbing.machine import free
 from plumbing.panels import PanelRow
-from plumbing.pictures import Shape, crop, fit, open_image, save_png, to_tensor
+from plumbing.pictures import Shape, fit, open_image, save_png, to_tensor
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe, vlm_of
 
@@ -72,65 +72,43 @@ class Features:
 
         with_unrelated: whether the panel ends with a prompt that has nothing to do with the data. kept: other sources.
         """
-        rows = self.panel_rows(kept) + ([(self.recipe.unrelated, None)] if with_unrelated else [])
-        shown = [(prompt, example and example.file.stem) for prompt, example in rows]
-        panel_file = self.cache / f"panel-{hashlib.sha256(f'{self.key}{shown}'.encode()).hexdigest()[:40]}.safetensors"
+        rows = self.panel_rows(with_unrelated, kept)
+        prepare(self.examples + rows, self.multiple, self.area, lambda: autoencoder.load(self.folder, self.device),
+                lambda: encoder_files.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
+                                           self.cfg.teacher_rope, quantize=self.cfg.quantize), self.device)
+        self.dataset, self.panel = data.Dataset(self.examples, self.cfg.batch_size, self.cfg.seed), []
+        for example in rows:
+            _, student, teacher = example.read(0)
+            source = open_image(example.row.sources[0]) if example.row.sources else None
+            label = "new for this prompt" if not example.row.image else "shown to the teacher" if self.kind else \
+                "the first image"
+            label *= example not in self.examples and (source or example.row.image) is not None
+            self.panel.append(PanelRow(example.row.captions[0], example.target(), student, teacher or student,
+                                       example.shape, source, label))
 
-        def load_encoder() -> Encoder:
-            reader = encoder_files.load(self.folder, self.device, self.dtype, self.vlm, self.recipe.image_pixels,
-                                        self.cfg.teacher_rope, quantize=self.cfg.quantize)
-            self.encode_panel(reader, rows, panel_file)                 # while it is in memory
-            return reader
-
-        new = [example for _, example in rows if example and example not in self.examples]
-        prepare(self.examples + new, self.multiple, self.area, lambda: autoencoder.load(self.folder, self.device),
-                load_encoder, self.device)
-        self.dataset = data.Dataset(self.examples, self.cfg.batch_size, self.cfg.seed)
-        if files.read_tensors(panel_file) is None:
-            load_encoder()
-            free()
-        texts, self.panel = files.read_tensors(panel_file) or {}, []
-        for i, (prompt, example) in enumerate(rows):
-            text = texts[f"student.{i}"]
-            x0, cached, _ = example.read(0) if example else (None, Context(text), None)
-            student, teacher = contexts(text, texts.get(f"teacher.{i}"), cached.references, x0, self.kind)
-            source = open_image(example.row.sources[0]) if example and cached.references else None
-            label = "new for this prompt" if example in new else "" if not example or prompt in example.row.captions \
-                else "shown to the teacher" if self.kind else "the first image"
-            self.panel.append(PanelRow(prompt, example.target() if example else None, student, teacher or student,
-                                       (example or self.examples[0]).shape, source, label))
-
-    def panel_rows(self, kept: Sequence[Path]) -> list[tuple[str, Example | None]]:
-        """(prompt, whose target the teacher is shown): two training pairs, new prompts, for editing a new source."""
+    def panel_rows(self, with_unrelated: bool, kept: Sequence[Path]) -> list[Example]:
+        """Two training pairs; new prompts, for which the teacher is shown the first target; for editing a new source;
+        and a prompt that has nothing to do with the data."""
         if not self.in_panels:
             return []
-        first, caption = self.examples[0], self.examples[0].row.captions[0]
-        rows: list[tuple[str, Example | None]] = [(example.row.captions[0], example) for example in self.examples[:2]]
-        if "[V]" in caption and not first.row.sources:
-            rows.append((self.recipe.new_style if "[V] style" in caption else self.recipe.new_object, first))
-        rows += [(prompt, first) for prompt in self.cfg.panel_prompt]
-        if first.row.sources:   # training has none with this caption: a kept one, another caption's, the last mirrored
+        first, caption = self.examples[0].row, self.examples[0].row.captions[0]
+        prompts = list(self.cfg.panel_prompt)
+        if "[V]" in caption and not first.sources:
+            prompts.insert(0, self.recipe.new_style if "[V] style" in caption else self.recipe.new_object)
+        shown = [replace(first, captions=(prompt,)) for prompt in prompts]
+        alone = [Row(None, (self.recipe.unrelated,), first.size)] if with_unrelated else []
+        if first.sources:       # training has none with this caption: a kept one, another caption's, the last mirrored
             edits = [example.row for example in self.examples if example.row.sources]
-            paired = {path.resolve() for row in edits if caption in row.captions for path in row.sources}
+            paired = {files.real(path) for row in edits if caption in row.captions for path in row.sources}
             others = (*kept, *(row.sources[0] for row in edits))
-            source = next((path for path in others if path.resolve() not in paired), None)
+            source = next((path for path in others if files.real(path) not in paired), None)
             if source is None:
                 self.scratch = tempfile.TemporaryDirectory()            # is gone when this object is
                 source = Path(self.scratch.name) / "mirrored.png"
                 save_png(ImageOps.mirror(open_image(others[-1])), source, {})
-            new = Row(None, (caption,), open_image(source).size, (source, *first.row.sources[1:]))
-            rows += [(caption, example) for example in place([new], self.shapes, self.area, self.cache, self.key, "")]
-        return rows
-
-    def encode_panel(self, reader: Encoder, rows: list[tuple[str, Example | None]], path: Path) -> None:
-        """Texts of the panel's contexts, "student.i" and "teacher.i", into a file."""
-        texts = {f"student.{i}": c for i, c in enumerate(reader.text_context([prompt for prompt, _ in rows]))}
-        if shown := [(i, prompt, e) for i, (prompt, e) in enumerate(rows) if e and e.kind]:
-            read = reader.teacher_texts(self.kind, [prompt for _, prompt, _ in shown],
-                                        [crop(open_image(str(e.row.image)), e.shape) for _, _, e in shown],
-                                        [len(e.row.sources) for _, _, e in shown])
-            texts |= {f"teacher.{i}": c for (i, _, _), c in zip(shown, read)}
-        files.write_tensors(path, {name: c.cpu().clone() for name, c in texts.items()})
+            alone.insert(0, Row(None, (caption,), open_image(source).size, (source, *first.sources[1:])))
+        return self.examples[:2] + place(shown, self.shapes, self.area, self.cache, self.key, self.kind) + \
+            place(alone, self.shapes, self.area, self.cache, self.key, "")
 
 
 def fingerprint_of(features: list[Features]) -> dict[str, str]:
@@ -220,7 +198,7 @@ def write(example: Example, encoded: dict[str, Tensor]) -> None:
 
 def warn_enlarged(examples: list[Example]) -> None:
     """One line on stderr if any image has fewer pixels than its training shape."""
-    examples = [example for example in examples if example.row.image]
+    examples = list({example.row.image: example for example in examples if example.row.image}.values())
     scales = [max(e.shape[0] / e.row.size[1], e.shape[1] / e.row.size[0]) for e in examples]
     worst = max(scales, default=0)
     if worst > 1:
