@@ -67,7 +67,7 @@ def read_folder(data: Path | str, captions_suffice: bool = False, caption: str =
     without one of their own.
     """
     data = Path(os.path.expanduser(data))
-    is_file = data.is_file() and data.suffix.lower() == ".jsonl"
+    is_file = os.path.isfile(data) and data.suffix.lower() == ".jsonl"
     rows = read_jsonl(data, captions_suffice) if is_file else read_files(data, captions_suffice, caption)
     for row in rows:
         if any(IMAGE_TOKEN in text or not is_text(text) for text in row.captions):
@@ -78,7 +78,7 @@ def read_folder(data: Path | str, captions_suffice: bool = False, caption: str =
 
 def read_files(data: Path, captions_suffice: bool, caption: str) -> list[Row]:
     """Layouts (a), (b) and (c) of a folder. Raises InputError."""
-    if not data.is_dir():
+    if not os.path.isdir(data):                                         # unlike Path's own, never fails
         raise InputError(f"{data}: no such folder; give a folder of images with captions, or a .jsonl file")
     files = visible_files(data)
     tables = [path for path in files if path.suffix.lower() == ".jsonl"]
@@ -156,7 +156,7 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
             raise InputError(f"{where}: file_name is empty; write the image's path there")
         image, sources = find(name, path, is_official) if name else None, [find(n, path, is_official) for n in beside]
         for file in sources + ([image] if image else []):
-            if not file.is_file():
+            if not os.path.isfile(file):
                 raise InputError(f"{where}: {file}: no such file; correct the path or add the image")
             size = open_image(file).size                # unreadable ones show here; the image is the last
         rows.append(Row(image, captions, size if image else NO_IMAGE, tuple(sources)))
@@ -173,7 +173,7 @@ def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
 def find(name: str, path: Path, is_official: bool) -> Path:
     """A picture named in the file at `path`: beside that, or, in a release, below the project folder above it."""
     folders = (path.parent, *real(path).parent.parents) if is_official else (path.parent,)
-    return next((folder / name for folder in folders if (folder / name).is_file()), path.parent / name)
+    return next((folder / name for folder in folders if os.path.isfile(folder / name)), path.parent / name)
 
 
 def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:
@@ -267,7 +267,8 @@ class Example:
         """Whether these are in its file. Where not, or where the file is broken, they are encoded again."""
         try:
             with open_safetensors(self.file) as stored:
-                return set(names) <= set(stored.keys())
+                sizes = {name: len(stored.get_slice(name).get_shape()) for name in stored.keys()}
+            return all(sizes.get(name) == (3 if name in self.pictures() else 2) for name in names)
         except (InputError, OSError):
             return False
 

@@ -12,6 +12,7 @@ view, c_t = f_mm(prompt, image) of Eq. 4: where the base model cannot draw the c
 The starting noise is drawn on the CPU in float32 from `--seed`, so a picture equals that of diffusers' ZImagePipeline
 or Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and as many steps.
 """
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,9 +111,11 @@ def check(cfg: Options) -> None:
         raise InputError(f"--height {cfg.height} --width {cfg.width}: more than can be meant; give 8192 or less")
     if cfg.compare and cfg.lora is None and cfg.reference is None:
         raise InputError("--compare: nothing to compare the base with; give --lora FILE or --reference IMAGE")
-    if cfg.lora is not None and not Path(cfg.lora).is_file():
+    if cfg.reference == "":
+        raise InputError("--reference: empty; give a picture, or leave it out")
+    if cfg.lora is not None and not os.path.isfile(cfg.lora):
         raise InputError(f"--lora {cfg.lora}: no such file; give an adapter such as out/NAME/student.safetensors")
-    if Path(cfg.out).suffix.lower() != ".png" or Path(cfg.out).is_dir():
+    if Path(cfg.out).suffix.lower() != ".png" or os.path.isdir(cfg.out):
         raise InputError(f"--out {cfg.out}: not a .png file; give a name of one that ends in .png")
     check_writable(Path(cfg.out).parent, f"--out {cfg.out}")
 

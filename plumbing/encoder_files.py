@@ -38,6 +38,9 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype | None = N
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = _tokenizer(folder / "tokenizer")
     text_config = _text_config(folder)
+    if max(tokenizer.get_vocab().values()) >= text_config.vocab_size:
+        raise InputError(f"{folder / 'tokenizer'}: has more tokens than the text encoder's vocab_size "
+                         f"{text_config.vocab_size}; give the tokenizer that belongs to this checkpoint")
     if min(style.layers(text_config.num_hidden_layers)) < 1:  # hidden state 0 is the embedding
         raise InputError(f"{folder / 'text_encoder'}: num_hidden_layers {text_config.num_hidden_layers}, too few to "
                          "take features from inside; give the text encoder that belongs to this checkpoint")
@@ -72,8 +75,7 @@ def find_vlm(name: str | Path, checkpoint: Path) -> Path:
     index = sorted(folder.glob("*.safetensors.index.json"))
     wanted = {"*.safetensors"}  # a single file has no index
     if index:
-        weight_map = files.read_json(index[0], "weight_map")["weight_map"]
-        wanted = {file for tensor, file in weight_map.items() if tensor.startswith(VISUAL)}
+        wanted = {file for tensor, file in files.weight_map(index[0]).items() if tensor.startswith(VISUAL)}
     folder = files.checkpoint(str(name), "config.json", VLM_JSON + sorted(wanted))
     vision_tensors(folder)                                              # whether there are any
     return folder
@@ -83,7 +85,7 @@ def vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name without prefix, tensor) of a VLM's vision tower; no other shard is opened. Raises InputError if none."""
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
-        names = list(files.read_json(index[0], "weight_map")["weight_map"])
+        names = list(files.weight_map(index[0]))
     else:
         names = [name for found in files.shards(folder).values() for name in found]
     prefix = next((prefix for prefix in VISUAL if any(name.startswith(prefix) for name in names)), None)
@@ -168,6 +170,7 @@ def _tokenizer(folder: Path):
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the checkpoint is incomplete, copy or download it again")
     tokenizer = _made(folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: its tokenizer has no pad_token; use the tokenizer that belongs to the checkpoint")
+    if tokenizer.pad_token_id is None or not isinstance(tokenizer.model_max_length, int):
+        raise InputError(f"{folder}: its tokenizer has no pad_token, or a model_max_length that is no number; use the "
+                         "tokenizer that belongs to the checkpoint")
     return tokenizer

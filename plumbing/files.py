@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from collections.abc import Callable, Iterator
 
@@ -38,13 +38,13 @@ def checkpoint(name: str, marker: str = "model_index.json", patterns: list[str] 
     patterns: hub files to download (globs). Raises InputError.
     """
     folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
+    if os.path.isdir(folder):                           # unlike Path's own, never fails
         if not (folder / marker).is_file():
             raise InputError(f"{folder}: no {marker} in this folder; give a checkpoint folder in "
                              "diffusers/transformers layout")
         return folder
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):
-        what = "a single file, which is not read" if folder.exists() else "no such folder"
+    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):
+        what = "a single file, which is not read" if os.path.exists(folder) else "no such folder"
         raise InputError(f"{name}: {what}; give a checkpoint folder or a hub id such as Tongyi-MAI/Z-Image-Turbo")
     from huggingface_hub import snapshot_download  # imported here: local folders need no hub client
     try:
@@ -63,8 +63,8 @@ def read_json(path: Path, *needed: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the checkpoint folder is incomplete, "
                          "copy or download it again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); copy or download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error!s:.200}); copy or download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}; copy or download it again")
     for key in needed:
@@ -72,6 +72,15 @@ def read_json(path: Path, *needed: str) -> dict:
             raise InputError(f"{path}: the key {key!r} is missing; use the config that belongs to this checkpoint")
     if problem := wrong(content, needed):
         raise InputError(f"{path}: {problem}; use the file that belongs to this checkpoint")
+    return content
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Name of a tensor -> file, of an index. Raises InputError."""
+    content = read_json(index, "weight_map")["weight_map"]
+    for name, file in content.items():
+        if not isinstance(file, str) or not file or Path(file).name != file or len(file) > 200:
+            raise InputError(f"{index}: {name} is in {file!r:.60}, which is no file of this folder; download it again")
     return content
 
 
@@ -86,10 +95,7 @@ def shards(folder: Path, prefix: str | tuple[str, ...] = "") -> dict[Path, list[
     index = sorted(folder.glob("*.safetensors.index.json"))
     found: dict[Path, list[str]] = {}
     if index:
-        for name, file in read_json(index[0], "weight_map")["weight_map"].items():
-            if not isinstance(file, str) or not file or Path(file).name != file:
-                raise InputError(f"{index[0]}: {name} is in {file!r:.60}, which is no file of this folder; download it "
-                                 "again")
+        for name, file in weight_map(index[0]).items():
             if name.startswith(prefix):
                 found.setdefault(folder / file, []).append(name)
         for path in found:
@@ -117,7 +123,7 @@ def open_safetensors(path: Path, device: str = "cpu"):
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
@@ -161,6 +167,9 @@ def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Ten
         if tuple(tensor.shape) != shape:
             raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
                              "weights and config do not belong together")
+        if not tensor.is_floating_point():
+            raise InputError(f"{source}: tensor {name} has dtype {tensor.dtype}; give a checkpoint in bfloat16 or "
+                             "float32")
         put(model, name, tensor.to(device), dtype, name.startswith(int8))
     if expected:
         raise InputError(f"{source}: tensor {next(iter(expected))} is missing ({len(expected)} in all); "
@@ -242,7 +251,7 @@ def check_ours(folder: Path, what: str) -> None:
 
 def check_writable(folder: Path, what: str) -> None:
     """Raises InputError, beginning with `what`, unless `folder` can be made or written to; makes nothing."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{what}: not writable, because of {nearest}; choose a folder you can write to")
 
@@ -250,7 +259,7 @@ def check_writable(folder: Path, what: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename. Raises InputError when that fails."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.stem[:40] + ".tmp")     # no longer than a name may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -259,8 +268,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "choose a folder you can write to"
         raise InputError(f"{path}: could not be written ({error.strerror}); {remedy}, the previous file is "

@@ -15,6 +15,8 @@ SIZES: Kind = f"a list, each {SIZE[0]}", lambda value: type(value) is list and [
 EITHER: Kind = f"{SIZE[0]}, or {SIZES[0]}", lambda value: SIZE[1](value) or SIZES[1](value)
 NUMBER: Kind = "a positive number", lambda value: type(value) in (int, float) and 0 < value < math.inf
 OBJECT: Kind = "an object", lambda value: isinstance(value, dict)
+LIST: Kind = "a list", lambda value: isinstance(value, list)
+TEXT: Kind = "a text", lambda value: isinstance(value, str)
 FLAG: Kind = "true or false", lambda value: isinstance(value, bool)
 NAMES = (
     (LAYERS, "n_layers num_layers num_single_layers num_hidden_layers layers_per_block depth"),
@@ -25,6 +27,7 @@ NAMES = (
     (SIZES, "axes_dims axes_lens axes_dims_rope all_patch_size all_f_patch_size block_out_channels"),
     (EITHER, "patch_size"),
     (NUMBER, "norm_eps rope_theta t_scale mlp_ratio eps rms_norm_eps scaling_factor batch_norm_eps"),
+    (NUMBER, "lora_alpha"), (OBJECT, "alpha_pattern"), (LIST, "teacher_lora"), (TEXT, "teacher"),
     (FLAG, "qk_norm guidance_embeds"),
     (OBJECT, "weight_map text_config vision_config options"))
 KINDS = {name: kind for kind, names in NAMES for name in names.split()}

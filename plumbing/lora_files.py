@@ -4,6 +4,7 @@ Our own files are written by `lora.save`, in diffusers' spelling.
 """
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -15,12 +16,14 @@ from lora import Adapter
 from plumbing.backbone import Backbone, Transformer
 from plumbing.checkpoints import BACKBONES
 from plumbing.files import InputError, open_safetensors, read_json
+from plumbing.kinds import wrong
 from plumbing.quantized import FLOAT
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
                  r"(?:\.default)?\.weight|(?P<alpha>alpha))")
+SAFE = re.compile(r"[\w.\\^$|*-]*")           # patterns of PEFT that re.match takes no time for
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
 
 
@@ -34,7 +37,7 @@ def load(path: Path | str, model: Transformer) -> Adapter:
     Raises InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; give a LoRA in a .safetensors file")
     backbone = next(backbone for backbone in BACKBONES if isinstance(model, backbone.network))
     spellings = _spellings(model.adaptable_names(), backbone.original_names)
@@ -46,10 +49,12 @@ def load(path: Path | str, model: Transformer) -> Adapter:
         for key in keys:
             layer, part = _parse(path, key, spellings)
             tensor = file.get_tensor(key)
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
                 raise InputError(f"{path}: {key} ({tensor.dtype}) has values that are not finite, or no floats at all; "
                                  "use another file of this adapter")
-            found.setdefault(layer, {})[part] = tensor.float()
+            if part in found.setdefault(layer, {}):
+                raise InputError(f"{path}: {key} occurs twice in different spellings; use a file with one of them")
+            found[layer][part] = tensor.float()
     device = next(model.parameters()).device
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, parts in found.items():
@@ -120,8 +125,8 @@ def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], m
     if rank < 1 or tuple(A.shape) != (rank, inner) or tuple(B.shape) != (sum(sizes), rank):
         raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (rank, {inner}) "
                          f"and ({sum(sizes)}, rank); give a LoRA made for this transformer")
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise InputError(f"{path}: {layer} has {parts['alpha'].numel()} values of alpha, expected one; save it again")
+    if "alpha" in parts and not (parts["alpha"].numel() == 1 and parts["alpha"].item() >= 0):
+        raise InputError(f"{path}: {layer} has alpha {parts['alpha'].tolist()}, expected one number; save it again")
     scale = parts["alpha"].item() / rank if "alpha" in parts else _config_scale(config, layer, rank)
     return [(name, A.clone(), scale * rows) for name, rows in zip(names, B.split(sizes))]
 
@@ -131,16 +136,28 @@ def _alpha_config(path: Path, metadata: dict[str, str], raw_peft: bool) -> dict:
     if DIFFUSERS_METADATA in metadata:
         try:
             fields = json.loads(metadata[DIFFUSERS_METADATA])
-            return {key.removeprefix("transformer."): value for key, value in fields.items()}
-        except (json.JSONDecodeError, AttributeError):
+            fields = {key.removeprefix("transformer."): value for key, value in fields.items()}
+        except (ValueError, AttributeError, RecursionError):
             raise InputError(f"{path}: metadata {DIFFUSERS_METADATA} is no JSON object; save the file again") from None
+        return _checked(path, fields)
     if not raw_peft:
         return {}
     config = path.with_name("adapter_config.json")
     if config.is_file():
-        return read_json(config, "lora_alpha")
+        return _checked(config, read_json(config, "lora_alpha"))
     warnings.warn(f"{path}: PEFT keys without adapter_config.json beside them, so alpha is unknown; loaded at scale 1")
     return {}
+
+
+def _checked(path: Path, config: dict) -> dict:
+    """PEFT's fields, where their values can be used. Raises InputError."""
+    patterns = config.get("alpha_pattern") or {}
+    problem = wrong(config, ("lora_alpha",)) or next(
+        (f"alpha_pattern {pattern!r:.60} = {alpha!r:.60}" for pattern, alpha in patterns.items()
+         if not SAFE.fullmatch(pattern) or wrong({"lora_alpha": alpha}, ("lora_alpha",))), None)
+    if problem:
+        raise InputError(f"{path}: {problem}; use the file that belongs to this adapter")
+    return config
 
 
 def _config_scale(config: dict, layer: str, rank: int) -> float:

@@ -88,7 +88,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- out
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB image."""
+    """(3, H, W) in [-1, 1] -> RGB image. Raises InputError."""
+    if not picture.isfinite().all():
+        raise InputError("vae: what it draws is not finite; copy or download its weights again")
     array = ((picture.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
 

@@ -141,11 +141,12 @@ class Run:
         for name, parameter in self.tuned.parameters().items():
             shapes |= {f"adam.{name}.step": torch.Size(()), f"adam.{name}.exp_avg": parameter.shape,
                        f"adam.{name}.exp_avg_sq": parameter.shape}
-        wrong = shapes.keys() ^ state.keys() or {name for name, tensor in state.items() if tensor.shape != shapes[name]
-                                                 or not tensor.isfinite().all()}
-        if wrong or not step.isdecimal():
-            raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, not finite "
-                             "or of another shape; restore the file, or start a new run with another --out")
+        wrong = shapes.keys() ^ state.keys() or {
+            name for name, tensor in state.items() if tensor.shape != shapes[name] or tensor.dtype != torch.float32
+            or not tensor.isfinite().all() or name.endswith("exp_avg_sq") and (tensor < 0).any()}
+        if wrong or not step.isdecimal() or len(step) > 9:
+            raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, of another shape "
+                             "or kind, or not finite; restore the file, or start a new run with another --out")
         self.step = int(step)
         if self.step > self.cfg.steps:
             raise InputError(f"--steps {self.cfg.steps}: the run in {self.out} has done {self.step}; give more")

@@ -17,7 +17,7 @@ from model import Context
 from networks import vae as autoencoder
 from networks.flux2 import KLEIN
 from plumbing import encoder_files
-from plumbing.files import put, tensors
+from plumbing.files import InputError, put, tensors
 from plumbing.quantized import FLOAT, INT8
 from tiny.models import is_flux2
 from tiny.world import SIDE
@@ -139,7 +139,8 @@ def load_features(folder: Path, quantize: str = FLOAT) -> VlmFeatures | Referenc
     weights = {name.replace("model.", "model.language_model.", 1): t for name, t in tensors(folder / "text_encoder")}
     weights |= dict(tensors(folder / "vlm"))
     missing, unexpected = vlm.load_state_dict(weights, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)                # lm_head is tied
+    if wrong := [*unexpected, *(set(missing) - {"lm_head.weight"})]:     # which is tied
+        raise InputError(f"{folder}: tensor {wrong[0]} is unknown or missing; copy or download it again")
     if quantize == INT8:
         for name, tensor in weights.items():
             put(vlm, name, tensor, torch.float32, name.startswith(IN_LAYERS))
