@@ -4,6 +4,7 @@ A row is a name, the damage, flags, and the end: a new attack is one row. `Campa
 `python PROGRAM.py` would, and looks at what a user gets to see: status, the two streams, files.
 """
 import contextlib
+import functools
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from plumbing.files import ROOT as REPO
 from plumbing.program import run
 from tiny import evaluate, score, score_edits
 
@@ -47,8 +49,9 @@ class Place:
 
 # ---------------------------------------------------------------------------------------------------- programs
 def filled(place: Place, *words) -> list[str]:
-    """Words of a command line, in which ROOT, LONG, RAW and HUGE stand for what they say."""
-    return [str(word).replace("LONG", LONG).replace("RAW", RAW).replace("HUGE", HUGE).replace("ROOT", str(place.root))
+    """Words of a command line, in which ROOT (of the place), REPO, LONG, RAW and HUGE stand for what they say."""
+    spelled = {"LONG": LONG, "RAW": RAW, "HUGE": HUGE, "REPO": str(REPO), "ROOT": str(place.root)}
+    return [functools.reduce(lambda text, name: text.replace(name, spelled[name]), spelled, str(word))
             for word in words]
 
 
@@ -141,8 +144,8 @@ class Campaign:
             assert "error: " in lines[-1] and len(lines[-1]) > 20, lines
             assert all(line.startswith(("note: ", "warning: ", "usage: ", " ")) for line in lines[:-1]), lines
         if status == 2 or not end.may_refuse:
-            wanted = [word.replace("ROOT", str(self.place.root)) for word in end.words]
-            assert not [word for word in wanted if word not in (lines[-1] if status == 2 else errors)], errors
+            found = (lines[-1] if status == 2 else errors).replace(str(self.place.root), "ROOT")
+            assert not [word for word in end.words if word not in found], f"said: {found}"
         self.check_files(before, status, end, program)
 
     def start(self, program: Program, words: list[str]) -> tuple[int | None, str]:
@@ -168,7 +171,7 @@ class Campaign:
         changed = [path for path in before if before[path] != after.get(path) and path not in run]
         assert not changed, f"changed: {changed[:3]}"
         path = self.place.root / filled(self.place, end.result or program.result)[0]
-        assert path.is_file(), f"no {path.name}"
+        assert path.is_file() and before.get(path) != after[path], f"no new {path.name}"
         if path.suffix == ".safetensors":
             assert all(tensor.isfinite().all() for tensor in load_file(path).values())
         elif path.suffix == ".png":
