@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -27,7 +28,7 @@ from plumbing.files import ROOT as REPO
 from plumbing.program import run
 from tiny import evaluate, score, score_edits
 
-SECONDS = 5                        # an attack that takes longer is an endless run
+SECONDS = 60                       # an attack that takes longer is an endless run
 LONG = 300 * "x"                    # no file system has such names
 RAW = os.fsdecode(b"a\xff")         # what Python makes of a name that is not UTF-8
 HUGE = "1" + 400 * "0"              # a whole number beyond all floats
@@ -39,6 +40,20 @@ TRANSFORMER, VAE, ENCODER = f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}", "text_en
 class Place:
     """Folders that a case may damage: data/, model/ and adapter.safetensors below `root`."""
     root: Path
+    features: Path | None = None    # a cache of features that are nobody's
+
+    @classmethod
+    def at(cls, root: Path, data: Path, model: Path, adapter: Path, features: Path) -> "Place":
+        """model is a link: who damages it takes `own_model` first."""
+        shutil.copytree(data, root / "data"), shutil.copy(adapter, root / "adapter.safetensors")
+        (root / "model").symlink_to(model)
+        return cls(root, features)
+
+    def own_model(self) -> Path:
+        """The checkpoint, a copy of its own now."""
+        original = self.model.resolve()
+        self.model.unlink()
+        return Path(shutil.copytree(original, self.model))
 
     def __getattr__(self, name: str) -> Path:
         return self.root / name
@@ -67,6 +82,10 @@ def sample_words(place: Place, *flags) -> list[str]:
             "--out", str(place.root / "picture.png"), *filled(place, *flags)]
 
 
+def training_words(place: Place, *flags) -> list[str]:
+    return train_words(place, "--cache", place.features, *flags)
+
+
 def drawing_words(place: Place, *flags) -> list[str]:
     return sample_words(place, *(() if {"--prompt", "--prompts"} & set(flags) else ("--prompt", "a red star")), *flags)
 
@@ -82,7 +101,7 @@ class Program:
     result: str                         # the file below ROOT that shows that it worked
 
 
-TRAIN = Program(train.main, train_words, "run/student.safetensors")
+TRAIN = Program(train.main, training_words, "run/student.safetensors")
 SAMPLE = Program(sample.main, drawing_words, "picture.png")
 SCORE = Program(score.main, scoring_words, "report/scores.json")
 EDITS = Program(score_edits.main, scoring_words, "report/scores.json")

@@ -269,11 +269,17 @@ def place(tmp_path, checkpoint, photos, adapter_file) -> Place:
     return Place(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> Path:
+    """A cache for runs that are about something else."""
+    return tmp_path_factory.mktemp("features")
+
+
 @pytest.fixture
-def campaign(place, monkeypatch) -> Iterator[Campaign]:
+def campaign(tmp_path, checkpoint, photos, adapter_file, features, monkeypatch) -> Iterator[Campaign]:
     """campaign(program, damage, flags, end) is one attack, of at most a minute."""
     with no_endless_run():
-        yield Campaign(place, monkeypatch)
+        yield Campaign(Place.at(tmp_path, photos, checkpoint, adapter_file, features), monkeypatch)
 
 
 @pytest.fixture(autouse=True)

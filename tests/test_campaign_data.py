@@ -4,11 +4,13 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from campaign import LONG, RAW, TRAIN, Place, either, folder_instead, lines, refused, said, stopped, table, works
+from campaign import (LONG, RAW, SAMPLE, TRAIN, TRANSFORMER, Place, either, folder_instead, lines, refused, said,
+                      stopped, table, works)
 from PIL import Image
 
 from plumbing.files import ROOT
@@ -72,6 +74,15 @@ def header(place: Place, width: int, height: int) -> None:
             file.write(struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)))
 
 
+def with_mode(path: Path, mode: int, look: Callable) -> dict[Path, bytes]:
+    """look() while `path` has another mode."""
+    now = path.stat().st_mode
+    path.chmod(mode)
+    found = look()
+    path.chmod(now)
+    return found
+
+
 def frames(count: int = 3) -> dict:
     return {"save_all": True, "append_images": [Image.new("RGB", (40, 40), (60 * i, 9, 9)) for i in range(count)]}
 
@@ -100,7 +111,7 @@ OPTIONS = {  # flags: the end
     "--accumulate 1000000000": refused("--accumulate 1000000000"),
     "--rollout-steps 4.5": refused("--rollout-steps"), "--grad-states -1": refused("--grad-states -1"),
     "--lr 1e400": refused("--lr"), "--lr -inf": refused("--lr"), "--lr 1e39": stopped("--lr"),
-    "--noise inf": refused("--noise inf"), "--noise 1e300": stopped("step 1"), "--ema inf": refused("--ema inf"),
+    "--noise inf": refused("--noise inf"), "--noise 1e300": stopped("--noise"), "--ema inf": refused("--ema inf"),
     "--beta inf --method pso": refused("--beta inf"), "--beta nan --method pso": refused("--beta nan"),
     "--seed -1": refused("--seed -1"), "--seed HUGE": refused("--seed"), "--seed 1.5": refused("--seed"),
     "--keep ROOT/data --keep-weight nan": refused("--keep-weight nan"),
@@ -122,7 +133,6 @@ OPTIONS = {  # flags: the end
     "--data ROOT/data/ ROOT/data": works(), "--out ROOT/data": refused("--out", "--data"),
     "--out ROOT/data/below": works("data/below/student.safetensors"),
     "--out ROOT/a/../b": works("b/student.safetensors"),
-    "--cache ROOT/model/transformer": refused("--cache", "ROOT/model/transformer"),
     "--cache ROOT/data/0.png": refused("--cache", "ROOT/data/0.png"),
     "--panel-prompt <|image_pad|>": refused("<|image_pad|>"), "--panel-prompt RAW": refused("prompt"),
     "--data ~nobody-here/data": refused("~nobody-here"), "--model ~nobody-here/model": refused("~nobody-here"),
@@ -139,6 +149,7 @@ FOLDERS = {  # attack: damage, flags, the end
     "out, a link to nowhere": (lambda p: p.link.symlink_to(p.nowhere), "--out ROOT/link", refused("ROOT/link")),
     "out, a link to itself": (lambda p: p.link.symlink_to(p.link), "--out ROOT/link", refused("ROOT/link")),
     "cache, a link to itself": (lambda p: p.link.symlink_to(p.link), "--cache ROOT/link", refused("ROOT/link")),
+    "cache, a part of the checkpoint": (lambda p: p.own_model(), "--cache ROOT/model/transformer", refused("--cache")),
     "data, a link to itself": (lambda p: p.link.symlink_to(p.link), "--data ROOT/link", refused("ROOT/link")),
     "data, a link to a folder": (lambda p: p.link.symlink_to(p.data), "--data ROOT/link", works()),
     "data, another alphabet": (lambda p: folder_named(p, "星 🌸"), ("--data", "ROOT/星 🌸"), works()),
@@ -242,6 +253,26 @@ PICTURES = {  # attack: damage, the end
                                                        b"\0\0\x01\0\x63\0\0\0\0\0\0"), works()),
 }
 
+PERMISSIONS = {  # attack: what is closed, its mode, the program, flags, the end
+    "data": ("data", 0, TRAIN, "", refused("ROOT/data", "permission")),
+    "a picture": ("data/0.png", 0, TRAIN, "", refused("0.png", "ermission")),
+    "a caption": ("data/0.txt", 0, TRAIN, "", refused("0.txt", "ermission")),
+    "the pipeline": ("model/model_index.json", 0, TRAIN, "", refused("model_index.json")),
+    "the transformer": ("model/transformer", 0, TRAIN, "", refused("ROOT/model/transformer")),
+    "its weights": ("model/" + TRANSFORMER, 0, TRAIN, "", refused("transformer")),
+    "the tokenizer": ("model/tokenizer/tokenizer.json", 0, TRAIN, "", refused("tokenizer")),
+    "the VLM": ("model/vlm/model.safetensors", 0, TRAIN, "", refused("vlm")),
+    "an adapter": ("adapter.safetensors", 0, SAMPLE, "--lora ROOT/adapter.safetensors", refused("adapter")),
+    "a reference": ("data/0.png", 0, SAMPLE, "--reference ROOT/data/0.png", refused("0.png", "ermission")),
+    "prompts": ("data/0.txt", 0, SAMPLE, "--prompts ROOT/data/0.txt", refused("0.txt", "ermission")),
+    "out": ("closed", 0, TRAIN, "--out ROOT/closed/run", refused("--out", "not writable")),
+    "out, to be read only": ("closed", 0o555, TRAIN, "--out ROOT/closed/run", refused("--out", "not writable")),
+    "out, itself": ("closed", 0, TRAIN, "--out ROOT/closed", refused("--out", "not writable")),
+    "cache": ("closed", 0, TRAIN, "--cache ROOT/closed", refused("--cache", "not writable")),
+    "cache, deeper": ("closed", 0, TRAIN, "--cache ROOT/closed/a/b", refused("--cache", "not writable")),
+    "a picture's folder": ("closed", 0, SAMPLE, "--out ROOT/closed/a.png", refused("--out", "not writable")),
+}
+
 
 # ---------------------------------------------------------------------------------------------------- the attacks
 @pytest.mark.parametrize("flags", OPTIONS)
@@ -279,17 +310,15 @@ def test_pictures(campaign, attack):
 
 
 @pytest.mark.skipif(IS_ROOT, reason="root may read and write everything")
-@pytest.mark.parametrize("name, flags, end", [
-    ("data", "", refused("ROOT/data", "permission")), ("data/0.png", "", refused("0.png", "ermission")),
-    ("data/0.txt", "", refused("0.txt", "ermission")), ("model/model_index.json", "", refused("model_index.json")),
-    ("closed", "--out ROOT/closed/run", refused("--out", "not writable")),
-    ("closed", "--cache ROOT/closed", refused("--cache", "not writable"))])
-def test_permissions(campaign, name, flags, end):
-    (campaign.place.root / "closed").mkdir()
-    before = (campaign.place.root / name).stat().st_mode
-    campaign.place.snapshot = dict                                      # which could not read it either
-    (campaign.place.root / name).chmod(0)
+@pytest.mark.parametrize("attack", PERMISSIONS)
+def test_permissions(campaign, attack):
+    name, mode, program, flags, end = PERMISSIONS[attack]
+    campaign.place.own_model(), (campaign.place.root / "closed").mkdir()
+    path = campaign.place.root / name
+    before, snapshot = path.stat().st_mode, campaign.place.snapshot
+    campaign.place.snapshot = lambda: with_mode(path, before, snapshot)        # which cannot look inside otherwise
+    path.chmod(mode)
     try:
-        campaign(TRAIN, None, flags, end)
+        campaign(program, None, flags, end)
     finally:
-        (campaign.place.root / name).chmod(before)
+        path.chmod(before)

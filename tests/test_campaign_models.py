@@ -255,7 +255,7 @@ LORA = {  # attack: damage, the end of sample.py --lora ROOT/adapter.safetensors
 @pytest.mark.parametrize("attack", CHECKPOINT)
 def test_checkpoints(campaign, program, attack):
     damage, end = CHECKPOINT[attack]
-    campaign(program, lambda place: damage(place.model), "", end)
+    campaign(program, lambda place: damage(place.own_model()), "", end)
     assert not (campaign.place.root / "code ran").exists()
 
 
@@ -263,13 +263,13 @@ def test_checkpoints(campaign, program, attack):
 @pytest.mark.parametrize("attack", VLM)
 def test_vlms(campaign, program, flags, attack):
     damage, end = VLM[attack]
-    campaign(program, lambda place: damage(place.model / "vlm"), flags, end)
+    campaign(program, lambda place: damage(place.own_model() / "vlm"), flags, end)
 
 
 @pytest.mark.parametrize("attack", NOT_FINITE)
 def test_weights_that_are_not_finite(campaign, attack):
     damage, *ends = NOT_FINITE[attack]
-    damage(campaign.place.model)
+    damage(campaign.place.own_model())
     for program, end in zip((SAMPLE, TRAIN), reversed(ends)):
         campaign(program, None, "", end)
 
