@@ -83,7 +83,7 @@ def sample_words(place: Place, *flags) -> list[str]:
 
 
 def training_words(place: Place, *flags) -> list[str]:
-    return train_words(place, "--cache", place.features, *flags)
+    return train_words(place, "--cache", place.features, "--rollout-steps", 2, *flags)
 
 
 def drawing_words(place: Place, *flags) -> list[str]:

@@ -14,7 +14,6 @@ LAYER = "transformer.layers.0.attention.to_q"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"      # (3, 32) and (32, 3)
 FACTS = "lora_adapter_metadata"                                 # where diffusers keeps alpha
 EVIL = "([a-z_.0-9]+)+!"                                        # a pattern that takes until the end of time
-IMAGE = "--reference ROOT/data/0.png"
 NAN = torch.tensor(float("nan"))
 
 
@@ -251,19 +250,21 @@ LORA = {  # attack: damage, the end of sample.py --lora ROOT/adapter.safetensors
 
 
 # ---------------------------------------------------------------------------------------------------- the attacks
-@pytest.mark.parametrize("program", [TRAIN, SAMPLE], ids=["train", "sample"])
 @pytest.mark.parametrize("attack", CHECKPOINT)
-def test_checkpoints(campaign, program, attack):
+def test_checkpoints(campaign, attack):
     damage, end = CHECKPOINT[attack]
-    campaign(program, lambda place: damage(place.own_model()), "", end)
+    damage(campaign.place.own_model())
+    for program in (TRAIN, SAMPLE):
+        campaign(program, None, "", end)
     assert not (campaign.place.root / "code ran").exists()
 
 
-@pytest.mark.parametrize("program, flags", [(TRAIN, ""), (SAMPLE, IMAGE)], ids=["train", "sample"])
 @pytest.mark.parametrize("attack", VLM)
-def test_vlms(campaign, program, flags, attack):
+def test_vlms(campaign, attack):
     damage, end = VLM[attack]
-    campaign(program, lambda place: damage(place.own_model() / "vlm"), flags, end)
+    damage(campaign.place.own_model() / "vlm")
+    for program, flags in ((TRAIN, ""), (SAMPLE, "--reference ROOT/data/0.png")):
+        campaign(program, None, flags, end)
 
 
 @pytest.mark.parametrize("attack", NOT_FINITE)
