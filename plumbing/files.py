@@ -135,7 +135,9 @@ def tensors(folder: Path, prefix: str = "", only_shapes: bool = False) -> Iterat
             for name in names:
                 if name not in stored:
                     raise InputError(f"{path}: tensor {name} is in the index but not in this shard; download it again")
-                yield name, (torch.empty(file.get_slice(name).get_shape(), device="meta") if only_shapes
+                part = file.get_slice(name)
+                kind = torch.float32 if "F" in part.get_dtype() else torch.int8     # floats, or not
+                yield name, (torch.empty(part.get_shape(), dtype=kind, device="meta") if only_shapes
                              else file.get_tensor(name))
 
 
@@ -168,8 +170,7 @@ def load_strictly(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Ten
             raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; "
                              "weights and config do not belong together")
         if not tensor.is_floating_point():
-            raise InputError(f"{source}: tensor {name} has dtype {tensor.dtype}; give a checkpoint in bfloat16 or "
-                             "float32")
+            raise InputError(f"{source}: tensor {name} holds no floats; give a checkpoint in bfloat16 or float32")
         put(model, name, tensor.to(device), dtype, name.startswith(int8))
     if expected:
         raise InputError(f"{source}: tensor {next(iter(expected))} is missing ({len(expected)} in all); "
@@ -244,13 +245,15 @@ def sampled_hash(path: Path, samples: int = 256, length: int = 65536) -> bytes:
 # ---------------------------------------------------------------------------------------------------- writing
 def check_ours(folder: Path, what: str) -> None:
     """Raises InputError, beginning with `what`, unless a run can write into `folder`; makes nothing."""
-    if (folder / "config.json").exists() and "options" not in read_json(folder / "config.json"):
+    if os.path.exists(folder / "config.json") and "options" not in read_json(folder / "config.json"):
         raise InputError(f"{what}: holds something else (its config.json is not ours); choose another folder")
     check_writable(folder, what)
 
 
 def check_writable(folder: Path, what: str) -> None:
     """Raises InputError, beginning with `what`, unless `folder` can be made or written to; makes nothing."""
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        raise InputError(f"{what}: longer than a name may be; choose another")
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{what}: not writable, because of {nearest}; choose a folder you can write to")

@@ -1,5 +1,4 @@
 """What the values in a checkpoint's JSON files may be: one table, by the names of the keys, for all of them."""
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ def whole(least: int, most: int) -> Kind:
 SIZE, LAYERS = whole(1, 2 ** 20), whole(1, 1000)
 SIZES: Kind = f"a list, each {SIZE[0]}", lambda value: type(value) is list and [] != value and all(map(SIZE[1], value))
 EITHER: Kind = f"{SIZE[0]}, or {SIZES[0]}", lambda value: SIZE[1](value) or SIZES[1](value)
-NUMBER: Kind = "a positive number", lambda value: type(value) in (int, float) and 0 < value < math.inf
+NUMBER: Kind = "a positive number", lambda value: type(value) in (int, float) and 0 < value < 1e30
 OBJECT: Kind = "an object", lambda value: isinstance(value, dict)
 LIST: Kind = "a list", lambda value: isinstance(value, list)
 TEXT: Kind = "a text", lambda value: isinstance(value, str)

@@ -60,7 +60,7 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
             raise InputError(f"--resume: {' and '.join(differs)} are not those that this run began with (--data "
                              f"{', '.join(cfg.data)}); restore them, or start a new run with another --out")
         return
-    if found := [name for name in TRAINED if (out / name).exists()]:
+    if found := [name for name in TRAINED if os.path.exists(out / name)]:
         way = "continue it with --resume" if STATE in found else f"its {STATE} is gone, so move it away"
         raise InputError(f"--out {out}: holds another run ({found[0]}); {way}, or choose another --out")
     check_ours(out, f"--out {out}")
@@ -96,7 +96,7 @@ def in_todays_words(options: dict) -> dict:
     words = {"base": UNTUNED}
     if "teacher" in options:
         options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
-    teachers = [words.get(word, word) for word in options.get("teacher_lora", [])]
+    teachers = [words.get(word, word) for word in options.get("teacher_lora") or []]
     return {"quantize": FLOAT, **options, "teacher_lora": teachers}
 
 
@@ -145,8 +145,8 @@ class Run:
             name for name, tensor in state.items() if tensor.shape != shapes[name] or tensor.dtype != torch.float32
             or not tensor.isfinite().all() or name.endswith("exp_avg_sq") and (tensor < 0).any()}
         if wrong or not step.isdecimal() or len(step) > 9:
-            raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, of another shape "
-                             "or kind, or not finite; restore the file, or start a new run with another --out")
+            raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, not finite or "
+                             "of another shape or kind; restore the file, or start a new run with another --out")
         self.step = int(step)
         if self.step > self.cfg.steps:
             raise InputError(f"--steps {self.cfg.steps}: the run in {self.out} has done {self.step}; give more")

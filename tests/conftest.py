@@ -10,11 +10,13 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from campaign import Campaign, Place, no_endless_run
 from diffusers import AutoencoderKLFlux2
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -256,6 +258,28 @@ def on_each_loss(monkeypatch, change, name: str = "dopsd") -> None:
     method = train.METHODS[name]
     monkeypatch.setitem(train.METHODS, name, dataclasses.replace(
         method, losses=lambda **given: map(change, method.losses(**given))))
+
+
+@pytest.fixture
+def place(tmp_path, checkpoint, photos, adapter_file) -> Place:
+    """A checkpoint, data and an adapter that may be damaged."""
+    shutil.copytree(photos, tmp_path / "data")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.copy(adapter_file, tmp_path / "adapter.safetensors")
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> Path:
+    """A cache for runs that are about something else."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture
+def campaign(tmp_path, checkpoint, photos, adapter_file, features, monkeypatch) -> Iterator[Campaign]:
+    """campaign(program, damage, flags, end) is one attack, of at most a minute."""
+    with no_endless_run():
+        yield Campaign(Place.at(tmp_path, photos, checkpoint, adapter_file, features), monkeypatch)
 
 
 @pytest.fixture(autouse=True)

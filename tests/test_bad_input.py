@@ -3,13 +3,13 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from campaign import WEIGHTS, Place, cut, edit_json, lines, sample_words, table, train_words
 from conftest import fill_b, program, random_transformer
 from safetensors.torch import load_file, save_file
 
@@ -22,26 +22,6 @@ from plumbing.backbone import Backbone
 from plumbing.files import InputError
 from plumbing.options import parse
 from plumbing.program import run as run_program
-
-
-@dataclass
-class Place:
-    """Folders that a case may damage: data/, model/ and adapter.safetensors below `root`."""
-    root: Path
-
-    def __getattr__(self, name: str) -> Path:
-        return self.root / name
-
-    def snapshot(self) -> dict[Path, bytes]:
-        return {path: path.read_bytes() if path.is_file() else b"" for path in self.root.rglob("*")}
-
-
-@pytest.fixture
-def place(tmp_path, checkpoint, photos, adapter_file) -> Place:
-    shutil.copytree(photos, tmp_path / "data")
-    shutil.copytree(checkpoint, tmp_path / "model")
-    shutil.copy(adapter_file, tmp_path / "adapter.safetensors")
-    return Place(tmp_path)
 
 
 def refused(place: Place, main, words: list[str], expected: tuple[str, ...]) -> None:
@@ -58,29 +38,7 @@ def refused(place: Place, main, words: list[str], expected: tuple[str, ...]) -> 
     assert before == after
 
 
-def train_words(place: Place, *flags) -> list[str]:
-    data = [] if "--data" in flags else ["--data", str(place.data)]
-    return [*data, "--model", str(place.model), "--out", str(place.run), "--size", "32", "--steps", "1",
-            "--sample-every", "0", "--device", "cpu", "--keep", "none",
-            *(str(flag).replace("ROOT", str(place.root)) for flag in flags)]
-
-
-def sample_words(place: Place, *flags) -> list[str]:
-    return ["--model", str(place.model), "--height", "32", "--width", "32", "--steps", "1", "--device", "cpu",
-            "--out", str(place.root / "picture.png"), *(str(flag).replace("ROOT", str(place.root)) for flag in flags)]
-
-
 # ---------------------------------------------------------------------------------------------------- damages
-def edit_json(path: Path, **changes) -> None:
-    """Set keys of a JSON file; None removes one."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
 def shard(folder: Path, lose: int | None) -> None:
     """Split the weights of a folder into two shards with an index, and lose one of them."""
     weights = next(folder.glob("*.safetensors"))
@@ -94,16 +52,6 @@ def shard(folder: Path, lose: int | None) -> None:
     (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
     if lose is not None:
         (folder / names[lose]).unlink()
-
-
-def table(place: Place, *lines: str) -> None:
-    for path in place.data.glob("*.txt"):
-        path.unlink()
-    (place.data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def lines(count: int) -> list[str]:
-    return [json.dumps({"file_name": f"{i}.png", "text": "a star"}) for i in range(count)]
 
 
 def empty(folder: Path) -> None:
@@ -135,7 +83,6 @@ DATA = {  # case: damage, words of the message
     "image without a line": (lambda p: table(p, *lines(2)), ("ROOT/data/2.png", "without a caption", "metadata.jsonl")),
     "empty table": (lambda p: table(p), ("ROOT/data/metadata.jsonl", "no rows")),
 }
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODEL = {  # case: damage, words of the message; for both programs
     "folder missing": (lambda p: shutil.rmtree(p.model), ("ROOT/model", "no such folder", "hub id")),
     "no model_index.json": (lambda p: (p.model / "model_index.json").unlink(), ("ROOT/model", "model_index.json")),

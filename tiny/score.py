@@ -152,15 +152,15 @@ class Judge:
 
 def adapters(entries: list[str], net: torch.nn.Module, taken: tuple[str, ...] = TAKEN) -> dict[str, lora.Adapter]:
     """What `--lora NAME=FILE ...` asks for. taken: names of other columns. Raises InputError."""
-    found: dict[str, lora.Adapter] = {}
+    found: dict[str, str] = {}
     for entry in entries:
         name, _, file = entry.rpartition("=")
         if not name:
             raise InputError(f"--lora {entry}: no name; write NAME=FILE")
         if name in (*taken, *found):
             raise InputError(f"--lora {entry}: another column has the name {name}; choose a different one")
-        found[name] = lora_files.load(Path(file), net)
-    return found
+        found[name] = file
+    return {name: lora_files.load(Path(file), net) for name, file in found.items()}
 
 
 def of_concept(reading: Reading, prompts: Prompts) -> dict[str, float]:
@@ -224,7 +224,7 @@ def main() -> None:
             scores[name] |= of_ordinary(judge.reader(drawn), ordinary)
             images[name] += [to_image(p) for p in drawn[:3]]
         else:
-            images[name] += [None] * 3
+            images[name] += [None] * len(ordinary.captions[:3])
         print(table.line(name, scores[name]), flush=True)
     rows = new.captions[:4] + ordinary.captions[:3]
     save_png(panel(images, rows), options.out / "panel.png",
