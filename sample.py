@@ -116,7 +116,7 @@ def check(cfg: Options) -> None:
     if cfg.lora is not None and not os.path.isfile(cfg.lora):
         raise InputError(f"--lora {cfg.lora}: no such file; give an adapter such as out/NAME/student.safetensors")
     if Path(cfg.out).suffix.lower() != ".png" or os.path.isdir(cfg.out) or len(os.fsencode(Path(cfg.out).name)) > 255:
-        raise InputError(f"--out {cfg.out}: no name of a .png file; give one that ends in .png, of up to 255 bytes")
+        raise InputError(f"--out {cfg.out}: not a .png file; give a name of one that ends in .png, of up to 255 bytes")
     check_writable(Path(cfg.out).parent, f"--out {cfg.out}")
 
 

@@ -86,7 +86,7 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     for name, side in (("--height", height), ("--width", width)):
         if side < 1 or side % multiple:
             raise InputError(f"{name} {side}: not a positive multiple of {multiple}, which this model needs; "
-                             f"try {max(1, (side + multiple // 2) // multiple) * multiple}")
+                             f"try {max(1, (side + (multiple - 1) // 2) // multiple) * multiple}")
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     return config["latent_channels"], height // factor, width // factor
 

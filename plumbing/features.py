@@ -57,6 +57,8 @@ class Features:
         self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
+        for path in (path for row in rows for path in row.sources):
+            fit(open_image(path), self.multiple, self.area, path)       # may be too small
         needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
         self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm), folder) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),

@@ -23,7 +23,6 @@ PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
                  r"(?:\.default)?\.weight|(?P<alpha>alpha))")
-SAFE = re.compile(r"[\w.\\^$|*-]*")           # patterns of PEFT that re.match takes no time for
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
 
 
@@ -154,10 +153,18 @@ def _checked(path: Path, config: dict) -> dict:
     patterns = config.get("alpha_pattern") or {}
     problem = wrong(config, ("lora_alpha",)) or next(
         (f"alpha_pattern {pattern!r:.60} = {alpha!r:.60}" for pattern, alpha in patterns.items()
-         if not SAFE.fullmatch(pattern) or wrong({"lora_alpha": alpha}, ("lora_alpha",))), None)
+         if not _is_pattern(pattern) or wrong({"lora_alpha": alpha}, ("lora_alpha",))), None)
     if problem:
         raise InputError(f"{path}: {problem}; use the file that belongs to this adapter")
     return config
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether `re` takes it, and no time: without groups, nothing can be repeated in two ways."""
+    try:
+        return "(" not in text and bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def _config_scale(config: dict, layer: str, rank: int) -> float:

@@ -86,7 +86,7 @@ def main() -> None:
             drawn = judge.draw(usual, noise, adapter)
             scores[name] |= {f"ordinary, {key}": value for key, value in of_edits(
                 judge.reader(drawn), ordinary.targets, marks_ordinary, ordinary.changes).items()}
-        images[name] += [to_image(p) for p in drawn[:3]] if name != "teacher's view" else [None] * 3
+        images[name] += [to_image(p) if name != "teacher's view" else None for p in drawn[:3]]
         print(table.line(name, scores[name]), flush=True)
     rows = [prompt] * len(before[:4])
     rows += [instruction(row, change) for row, change in zip(ordinary.targets[:3], ordinary.changes)]
