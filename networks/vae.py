@@ -11,6 +11,8 @@ The networks are alike; `_class_name` in vae/config.json chooses how raw latents
 z is the mean of the posterior (not a sample of it, so that a picture has one latent and can be cached). Both give
 unpacked latents (B, c, H/f, W/f).
 """
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +29,11 @@ KEYS_OF = {KL: ("scaling_factor",), FLUX2: ("batch_norm_eps", "patch_size")}
 SQUARE = 2  # side of the squares of latents that FLUX.2 packs into channels
 
 
+def named(**modules: nn.Module) -> nn.Sequential:
+    """These modules, one after the other, with the checkpoint's names."""
+    return nn.Sequential(OrderedDict(modules))
+
+
 class ResnetBlock(nn.Module):
     """Two (GroupNorm, SiLU, 3x3 convolution) and a shortcut. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
@@ -34,13 +41,12 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -58,119 +64,61 @@ class Attention(nn.Module):
         return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution, padded on the right and the bottom only. (B, c, H, W) -> (B, c, H/2, W/2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution. (B, c, H, W) -> (B, c, 2H, 2W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution and the change to the next one ("downsamplers" / "upsamplers" by name)."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, change: nn.Module | None, name: str) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        self.change = name if change is not None else ""
-        if change is not None:
-            setattr(self, name, nn.ModuleList([change]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        return getattr(self, self.change)[0](x) if self.change else x
-
-
 class Middle(nn.Module):
     """Residual block, attention (optional in the config), residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+        self.attentions = nn.Sequential(*([Attention(channels, groups)] if attention else []))
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
+    """Stride-2 convolution, padded on the right and the bottom only. (B, c, H, W) -> (B, c, H/2, W/2)."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
+
+
+def upsample(channels: int) -> nn.Sequential:
+    """Nearest neighbour, then a convolution. (B, c, H, W) -> (B, c, 2H, 2W)."""
+    return named(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def levels(widths: list[int], layers: int, groups: int, name: str, change: Callable[[int], nn.Module]) -> nn.Sequential:
+    """For each width the residual blocks of one resolution and, but for the last, the change to the next, by `name`."""
+    parts = []
+    for i, width in enumerate(widths):
+        changes = {name: nn.Sequential(change(width))} if i + 1 < len(widths) else {}
+        blocks = (ResnetBlock(width if j else widths[max(i - 1, 0)], width, groups) for j in range(layers))
+        parts.append(named(resnets=nn.Sequential(*blocks), **changes))
+    return nn.Sequential(*parts)
+
+
+def encoder(config: dict) -> nn.Sequential:
     """(B, 3, H, W) -> (B, 2 * latent channels, H/f, W/f): posterior mean and log variance."""
-
-    def __init__(self, config: dict) -> None:
-        super().__init__()
-        widths, groups = config["block_out_channels"], config["norm_num_groups"]
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config["layers_per_block"], groups,
-                  Downsample(width) if i + 1 < len(widths) else None, "downsamplers")
-            for i, width in enumerate(widths))
-        self.mid_block = Middle(widths[-1], groups, config.get("mid_block_add_attention", True))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+    widths, groups = config["block_out_channels"], config["norm_num_groups"]
+    return named(
+        conv_in=nn.Conv2d(config["in_channels"], widths[0], 3, padding=1),
+        down_blocks=levels(widths, config["layers_per_block"], groups, "downsamplers", downsample),
+        mid_block=Middle(widths[-1], groups, config.get("mid_block_add_attention", True)),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1))
 
 
-class Decoder(nn.Module):
+def decoder(config: dict) -> nn.Sequential:
     """(B, latent channels, h, w) -> (B, 3, h * f, w * f)."""
-
-    def __init__(self, config: dict) -> None:
-        super().__init__()
-        widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
-        widths, groups = widths[::-1], config["norm_num_groups"]
-        self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], groups, config.get("mid_block_add_attention", True))
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config["layers_per_block"] + 1, groups,
-                  Upsample(width) if i + 1 < len(widths) else None, "upsamplers")
-            for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class BatchStatistics(nn.Module):
-    """Mean and variance of each packed channel. Unlike nn.BatchNorm2d's, they are constants in train mode too."""
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.eps = eps
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (channels, 1, 1) each."""
-        mean, deviation = self.running_mean, (self.running_var + self.eps).sqrt()
-        return rearrange(mean, "c -> c 1 1"), rearrange(deviation, "c -> c 1 1")
+    widths = (config.get("decoder_block_out_channels") or config["block_out_channels"])[::-1]
+    groups = config["norm_num_groups"]
+    return named(
+        conv_in=nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1),
+        mid_block=Middle(widths[0], groups, config.get("mid_block_add_attention", True)),
+        up_blocks=levels(widths, config["layers_per_block"] + 1, groups, "upsamplers", upsample),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1))
 
 
 def pack(z: Tensor) -> Tensor:
@@ -188,42 +136,44 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: dict) -> None:
         super().__init__()
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        if config.get("use_quant_conv", True):
-            self.quant_conv = nn.Conv2d(2 * config["latent_channels"], 2 * config["latent_channels"], 1)
-        if config.get("use_post_quant_conv", True):
-            self.post_quant_conv = nn.Conv2d(config["latent_channels"], config["latent_channels"], 1)
-        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
-        self.channels = config["latent_channels"]
-        if config.get("_class_name", KL) == FLUX2:
-            self.bn = BatchStatistics(self.channels * SQUARE ** 2, config["batch_norm_eps"])
+        self.factor, self.channels = 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+        self.encoder, self.decoder = encoder(config), decoder(config)
+        self.quant_conv, self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if config.get(key, True) else nn.Identity()
+            for key, channels in (("use_quant_conv", 2 * self.channels), ("use_post_quant_conv", self.channels)))
+        if config.get("_class_name", KL) == FLUX2:  # mean and variance of packed channels, constants in train mode too
+            self.bn, self.eps, packed = nn.Module(), config["batch_norm_eps"], self.channels * SQUARE ** 2
+            self.bn.register_buffer("running_mean", torch.zeros(packed))
+            self.bn.register_buffer("running_var", torch.ones(packed))
         else:
             self.scale = config["scaling_factor"]
             self.shift = config.get("shift_factor") or 0.0                  # null in the configs of older autoencoders
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W) in [-1, 1], H and W divisible by `factor` -> mean, log variance, each (B, c, H/f, W/f)."""
-        moments = self.encoder(image)
-        if hasattr(self, "quant_conv"):
-            moments = self.quant_conv(moments)
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Raw latents (B, c, h, w), before the normalisation of model space -> (B, 3, h * f, w * f), unclamped."""
-        return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
+        return self.decoder(self.post_quant_conv(z))
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of FLUX.2's packed channels, (4c, 1, 1) each."""
+        mean, variance = (rearrange(part, "c -> c 1 1") for part in self.bn.buffers())
+        return mean, (variance + self.eps).sqrt()
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents (B, c, h, w) -> model space, the same shape. FLUX.2 needs even h and w."""
         if hasattr(self, "bn"):
-            mean, deviation = self.bn()
+            mean, deviation = self._statistics()
             return unpack((pack(z) - mean) / deviation)
         return (z - self.shift) * self.scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         if hasattr(self, "bn"):
-            mean, deviation = self.bn()
+            mean, deviation = self._statistics()
             return unpack(pack(latents) * deviation + mean)
         return latents / self.scale + self.shift
 
