@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora import Adapter, AdapterBlock, linear
-from plumbing.backbone import Backbone, TextStyle
+from plumbing.backbone import Backbone, TextStyle, Transformer
 from plumbing.files import InputError
 from plumbing.recipes import SMALL, TURBO
 
@@ -34,9 +34,10 @@ MODULATION = "adaLN_modulation.0"  # not trained by us, but adapter files of oth
 SEQUENCE_MULTIPLE = 32  # caption and image are each padded to this with learned tokens, which are attended to
 TIME_WIDTH = 256        # widest time embedding, and the number of its sinusoids
 QK_EPS = 1e-5           # of the query and key norms, whatever norm_eps says
-# Options of scheduler_config.json that would give another grid or another step than the one below.
-UNSUPPORTED = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-               "invert_sigmas", "shift_terminal", "stochastic_sampling")
+# diffusers' values for what scheduler_config.json leaves out; others give another grid or another step than rollout.py.
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False,
+             "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+             "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False}
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,23 @@ class Context:
 
 
 # ---------------------------------------------------------------------------------------------------- facts
-def scheduler_shift(scheduler_config: dict) -> float:
-    """The `shift` of a scheduler_config.json whose other options leave the plain grid as it is. Raises InputError."""
-    name = scheduler_config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-    if name != "FlowMatchEulerDiscreteScheduler":
-        raise InputError(f"scheduler_config.json: _class_name {name} is not supported; "
-                         "use a checkpoint with FlowMatchEulerDiscreteScheduler")
-    for key in UNSUPPORTED:
-        if scheduler_config.get(key):
-            raise InputError(f"scheduler_config.json: {key} = {scheduler_config[key]} is not supported; "
-                             "use a checkpoint with a plain shift (Z-Image-Turbo has shift 3.0)")
+def check_scheduler(scheduler_config: dict, name: str, **needed) -> None:
+    """Raises InputError unless a scheduler_config.json has the values of SCHEDULER, or those `needed` instead."""
+    for key, value in (SCHEDULER | needed).items():
+        found = (SCHEDULER | scheduler_config).get(key)
+        if (found or None) != (value or None):
+            raise InputError(f"scheduler_config.json: {key} = {found} is not supported with {name}; "
+                             "use the scheduler of its checkpoint")
+
+
+def scheduler_shift(scheduler_config: dict, *_: int) -> float:
+    """The `shift` of a scheduler_config.json; the number of steps and the sides do not matter. Raises InputError."""
+    check_scheduler(scheduler_config, "Z-Image")
     shift = scheduler_config.get("shift")
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < float("inf"):
         raise InputError(f"scheduler_config.json: shift = {shift} is not a positive number; "
                          "use the config that belongs to this checkpoint (Z-Image-Turbo has 3.0)")
     return float(shift)
-
-
-def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> float:
-    """The shift of the sampler's grid (rollout.py); here steps and sides of the latents do not matter."""
-    return scheduler_shift(scheduler_config)
 
 
 def draw_noise(generator: torch.Generator, channels: int, height: int, width: int) -> Tensor:
@@ -80,17 +78,16 @@ def draw_noise(generator: torch.Generator, channels: int, height: int, width: in
 
 def check_config(config: dict) -> None:
     """Refuse, with an InputError, configurations that are not Z-Image's kind of transformer."""
-    head, sides = config["dim"] // config["n_heads"], list(config["axes_dims"])
+    head, sides = config["dim"] / config["n_heads"], list(config["axes_dims"])
     for wrong, what in (
         (len(config["all_patch_size"]) != 1, f"all_patch_size {config['all_patch_size']} (one size only)"),
         (list(config["all_f_patch_size"]) != [1], f"all_f_patch_size {config['all_f_patch_size']} ([1] only)"),
         (config.get("siglip_feat_dim") is not None, f"siglip_feat_dim {config.get('siglip_feat_dim')} (null only)"),
         (config["n_kv_heads"] != config["n_heads"], f"n_kv_heads {config['n_kv_heads']} (equal to n_heads only)"),
         (not config["qk_norm"], f"qk_norm {config['qk_norm']} (true only)"),
-        (len(sides) != 3 or len(config["axes_lens"]) != 3, f"axes_dims {sides} (three axes only)"),
-        (any(side % 2 for side in sides), f"axes_dims {sides} (even numbers only)"),
-        (sum(sides) != head or head * config["n_heads"] != config["dim"],
-         f"axes_dims {sides} (they must sum to dim / n_heads = {config['dim'] / config['n_heads']:g})"),
+        (len(config["axes_lens"]) != 3, f"axes_lens {config['axes_lens']} (three numbers only)"),
+        (len(sides) != 3 or any(side % 2 for side in sides) or sum(sides) != head,
+         f"axes_dims {sides} (three even numbers whose sum is dim / n_heads = {head:g} only)"),
     ):
         if wrong:
             raise InputError(f"transformer config: unsupported {what}; use a text-to-image Z-Image checkpoint")
@@ -127,6 +124,16 @@ def first(lengths: list[int], longest: int, device: torch.device) -> Tensor:
     return torch.tensor(lengths).to(device, non_blocking=True)[:, None] > torch.arange(longest, device=device)
 
 
+def padding_mask(parts: list[list[int]], device: torch.device) -> Tensor | None:
+    """(B, 1, 1, S) bool, True = attend; None when nothing is padded, so that flash kernels apply.
+
+    parts: B lengths for each part of the sequence; in a batch, each part is padded to the longest of them.
+    """
+    if all(min(lengths) == max(lengths) for lengths in parts):
+        return None
+    return torch.cat([first(lengths, max(lengths), device) for lengths in parts], dim=1)[:, None, None]
+
+
 def sinusoids(t: Tensor, width: int) -> Tensor:
     """t (b,) float32, already scaled -> its cosines and sines at width / 2 frequencies (b, width)."""
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 2, dtype=torch.float32, device=t.device)
@@ -135,16 +142,10 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimeEmbedder(nn.Module):
-    """Sinusoids of the time, then two Linears."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, 1024), nn.SiLU(), nn.Linear(1024, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t (b,) float32, already scaled -> (b, width) in the weights' dtype."""
-        return self.mlp(sinusoids(t, TIME_WIDTH).to(next(self.mlp.parameters()).dtype))
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q, k, v (B, N, heads, D), with q and k turned by their positions -> (B, N, heads * D)."""
+    q, k, v = (part.transpose(1, 2) for part in (rotate(q, rope), rotate(k, rope), v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -153,20 +154,15 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])  # a list because the checkpoint says to_out.0
-        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_EPS)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_EPS)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim // heads, eps=QK_EPS), nn.RMSNorm(dim // heads, eps=QK_EPS)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, adapter: AdapterBlock) -> Tensor:
         q = linear(self.to_q, x, adapter, "attention.to_q").unflatten(-1, (self.heads, -1))  # (B, N, heads, D)
         k = linear(self.to_k, x, adapter, "attention.to_k").unflatten(-1, (self.heads, -1))
         v = linear(self.to_v, x, adapter, "attention.to_v").unflatten(-1, (self.heads, -1))
-        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        y = y.transpose(1, 2).flatten(2)                                                # (B, N, dim)
+        y = attend(self.norm_q(q), self.norm_k(k), v, rope, mask)                           # (B, N, dim)
         return linear(self.to_out[0], y, adapter, "attention.to_out.0")
 
 
@@ -226,6 +222,32 @@ class FinalLayer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- the network
+def contexts_of(x: Tensor, context: Sequence[Context | Tensor], width: int) -> list[Context]:
+    """A `Context` for each row of x, with features (tokens, width); a text alone becomes one. Raises InputError."""
+    contexts = [c if isinstance(c, Context) else Context(c) for c in context]
+    if len(contexts) != len(x):
+        raise InputError(f"contexts: {len(contexts)} for {len(x)} latents; give one context per latent")
+    for shape in (tuple(c.text.shape) for c in contexts):
+        if len(shape) != 2 or shape[1] != width or not shape[0]:
+            raise InputError(f"context: shape {shape}, expected (tokens, {width}); "
+                             "use the text encoder and the transformer of one checkpoint")
+    return contexts
+
+
+def run(model: Transformer, group: str, x, *inputs, adapter: Adapter | None):
+    """x, a tensor or several, through all blocks of one group: block(x, *inputs, its part of the adapter) -> x.
+
+    The adapter's tensors are arguments, so a recomputation sees the same ones.
+    """
+    for i, block in enumerate(getattr(model, group)):
+        arguments = (x, *inputs, adapter.block(f"{group}.{i}") if adapter is not None else None)
+        if model.checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(*arguments)
+    return x
+
+
 class ZImageTransformer(nn.Module):
     """Single-stream diffusion transformer over [image tokens, caption tokens]."""
 
@@ -248,7 +270,8 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = nn.ModuleList([Block(config, modulated=True) for _ in range(refiners)])
         self.context_refiner = nn.ModuleList([Block(config, modulated=False) for _ in range(refiners)])
         self.layers = nn.ModuleList([Block(config, modulated=True) for _ in range(config["n_layers"])])
-        self.t_embedder = TimeEmbedder(min(dim, TIME_WIDTH))
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(
+            nn.Linear(TIME_WIDTH, 1024), nn.SiLU(), nn.Linear(1024, min(dim, TIME_WIDTH)))})
         self.cap_embedder = nn.Sequential(nn.RMSNorm(self.caption_channels, eps=config["norm_eps"]),
                                           nn.Linear(self.caption_channels, dim))
         self.x_pad_token = nn.Parameter(0.02 * torch.randn(1, dim))
@@ -277,47 +300,33 @@ class ZImageTransformer(nn.Module):
         context: B `Context`s or their texts (L_i, cap_feat_dim), of any float dtype; adapter: LoRA or None.
         Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
         """
-        if any(isinstance(c, Context) and c.references for c in context):
+        contexts = contexts_of(x, context, self.caption_channels)
+        if any(c.references for c in contexts):
             raise InputError("context: Z-Image takes no reference images; use a FLUX.2 checkpoint for them")
-        captions = [c.text if isinstance(c, Context) else c for c in context]
-        self._check(x, captions)
+        lengths = [-(-len(c.text) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in contexts]
+        self._check(x, max(lengths))
         dtype, (height, width) = self.x_pad_token.dtype, (side // self.patch_size for side in x.shape[2:])
-        lengths = [-(-len(c) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for c in captions]
-        self._check_axes(max(lengths), height, width)
-        image_rope, caption_rope = self._rope(lengths, height, width, x.device)
-        mask = self._mask(lengths, x.device)
 
         sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True).reshape(-1)  # (1 or B,)
-        time = self.t_embedder((1 - sigma) * self.t_scale)                                  # (1 or B, time width)
+        time = self.t_embedder["mlp"](sinusoids((1 - sigma) * self.t_scale, TIME_WIDTH).to(dtype))  # (1 or B, width)
 
         tokens = rearrange(x.to(dtype), "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
         tokens = self.all_x_embedder[self.key](tokens)                                      # (B, h w, dim)
         pads = -tokens.shape[1] % SEQUENCE_MULTIPLE
         if pads:
             tokens = torch.cat([tokens, self.x_pad_token.expand(len(x), pads, -1)], dim=1)  # (B, N, dim)
-        tokens = self._run("noise_refiner", tokens, image_rope, None, time, adapter)
+        caption = self._embed_caption([c.text for c in contexts], max(lengths), dtype)      # (B, L, dim)
 
-        caption = self._embed_caption(captions, max(lengths), dtype)                        # (B, L, dim)
-        caption = self._run("context_refiner", caption, caption_rope, mask, None, adapter)
-
-        if mask is not None:                                                                # all image tokens count
-            mask = F.pad(mask, (tokens.shape[1], 0), value=True)                            # (B, 1, 1, N + L)
-        rope = torch.cat([image_rope, caption_rope], dim=1)
-        y = self._run("layers", torch.cat([tokens, caption], dim=1), rope, mask, time, adapter)
+        image_rope, caption_rope = self._rope(lengths, height, width, x.device)
+        tokens = run(self, "noise_refiner", tokens, image_rope, None, time, adapter=adapter)
+        mask = padding_mask([lengths], x.device)
+        caption = run(self, "context_refiner", caption, caption_rope, mask, None, adapter=adapter)
+        mask = padding_mask([[tokens.shape[1]] * len(x), lengths], x.device)                # all image tokens count
+        y, rope = torch.cat([tokens, caption], dim=1), torch.cat([image_rope, caption_rope], dim=1)
+        y = run(self, "layers", y, rope, mask, time, adapter=adapter)                       # (B, N + L, dim)
         y = self.all_final_layer[self.key](y[:, :height * width], time)                     # (B, h w, p q c)
         y = rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=self.patch_size, q=self.patch_size)
         return -y.float()                                                                   # the network says x0 - eps
-
-    def _run(self, group: str, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None,
-             adapter: Adapter | None) -> Tensor:
-        """All blocks of one group. The adapter's tensors are arguments, so a recomputation sees the same ones."""
-        for i, block in enumerate(getattr(self, group)):
-            part = adapter.block(f"{group}.{i}") if adapter is not None else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, time, part, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rope, mask, time, part)
-        return x
 
     def _embed_caption(self, captions: list[Tensor], longest: int, dtype: torch.dtype) -> Tensor:
         """(B, longest, dim): embedded captions, each followed by pad tokens.
@@ -330,13 +339,7 @@ class ZImageTransformer(nn.Module):
         rows = F.pad(self.cap_embedder(rows), (0, 0, 0, longest - rows.shape[1]))
         return torch.where(first([len(c) for c in captions], longest, device)[..., None], rows, self.cap_pad_token)
 
-    def _mask(self, lengths: list[int], device: torch.device) -> Tensor | None:
-        """(B, 1, 1, L) bool, True = attend; None when all lengths agree, so that flash kernels apply."""
-        if min(lengths) == max(lengths):
-            return None
-        return first(lengths, max(lengths), device)[:, None, None, :]
-
-    def _rope(self, lengths: list[int], height: int, width: int, device: torch.device):
+    def _rope(self, lengths: list[int], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary tables of image and caption; leading size 1 when all captions have one length.
 
         Positions (axis 0, row, column): caption token i is (1 + i, 0, 0), its pads count on; patch (r, c) comes after
@@ -344,47 +347,37 @@ class ZImageTransformer(nn.Module):
         """
         if min(lengths) == max(lengths):
             lengths = lengths[:1]
-        caption = torch.zeros(1, max(lengths), 3, dtype=torch.long, device=device)
-        caption[..., 0] = torch.arange(1, max(lengths) + 1, device=device)
-        patches = height * width
-        image = torch.zeros(len(lengths), patches + -patches % SEQUENCE_MULTIPLE, 3, dtype=torch.long, device=device)
-        image[:, :patches, 0] = torch.tensor(lengths).to(device, non_blocking=True)[:, None] + 1
-        image[:, :patches, 1] = torch.arange(height, device=device).repeat_interleave(width)
-        image[:, :patches, 2] = torch.arange(width, device=device).repeat(height)
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        image = F.pad(torch.cartesian_prod(rows, columns), (1, 0)).repeat(len(lengths), 1, 1)       # (b, h w, 3)
+        image[..., 0] = torch.tensor(lengths).to(device, non_blocking=True)[:, None] + 1
+        image = F.pad(image, (0, 0, 0, -height * width % SEQUENCE_MULTIPLE))                        # (b, N, 3)
+        caption = F.pad(torch.arange(1, max(lengths) + 1, device=device)[None, :, None], (0, 2))    # (1, L, 3)
         tables = [rope_table(ids, self.axes_dims, self.theta) for ids in (image, caption)]
         return tables[0], tables[1].expand(len(lengths), -1, -1, -1, -1)
 
-    def _check(self, x: Tensor, captions: list[Tensor]) -> None:
-        batch, channels, height, width = x.shape
+    def _check(self, x: Tensor, longest: int) -> None:
+        """Refuse other latents, and positions for which the checkpoint was not trained; longest: of padded captions."""
+        _, channels, height, width = x.shape
         if channels != self.in_channels:
             raise InputError(f"latents: {channels} channels, the transformer has {self.in_channels}; "
                              "use the VAE and the transformer of one checkpoint")
         if height % self.patch_size or width % self.patch_size or not height * width:
             raise InputError(f"latents: {height}x{width} is not divisible by the patch size {self.patch_size}; "
                              "choose another height or width")
-        if len(captions) != batch:
-            raise InputError(f"contexts: {len(captions)} for {batch} latents; give one context per latent")
-        for c in captions:
-            if c.ndim != 2 or c.shape[1] != self.caption_channels or not len(c):
-                raise InputError(f"context: shape {tuple(c.shape)}, expected (tokens, {self.caption_channels}); "
-                                 "use the text encoder and the transformer of one checkpoint")
-
-    def _check_axes(self, caption: int, height: int, width: int) -> None:
-        """The checkpoint was trained for positions below axes_lens only."""
-        if caption + 1 >= self.axes_lens[0]:
-            raise InputError(f"caption: {caption} tokens after padding, the transformer takes fewer than "
-                             f"{self.axes_lens[0] - 1}; shorten the prompt")
-        for side, patches, limit in (("height", height, self.axes_lens[1]), ("width", width, self.axes_lens[2])):
-            if patches > limit:
-                raise InputError(f"{side}: {patches} patches, the transformer takes at most {limit}; "
-                                 f"choose a smaller {side}")
+        for what, count, limit, remedy in (
+            ("caption: {} tokens after padding", longest, self.axes_lens[0] - 2, "shorten the prompt"),
+            ("height: {} patches", height // self.patch_size, self.axes_lens[1], "choose a smaller height"),
+            ("width: {} patches", width // self.patch_size, self.axes_lens[2], "choose a smaller width"),
+        ):
+            if count > limit:
+                raise InputError(f"{what.format(count)}, the transformer takes at most {limit}; {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------- the record
 Z_IMAGE = Backbone(
     name="Z-Image", class_name="ZImageTransformer2DModel", network=ZImageTransformer, keys=KEYS,
-    width=lambda config: config["dim"], patch_size=lambda config: config["all_patch_size"][0], time_shift=time_shift,
-    draw_noise=draw_noise, takes_references=False, recipes=(TURBO, SMALL),
+    width=lambda config: config["dim"], patch_size=lambda config: config["all_patch_size"][0],
+    time_shift=scheduler_shift, draw_noise=draw_noise, takes_references=False, recipes=(TURBO, SMALL),
     text_style=TextStyle(thought="", layers=lambda depth: (depth - 1,), padded=False),
     layer_name=re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)"),
     original_names={"attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv",

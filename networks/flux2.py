@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from lora import Adapter, AdapterBlock, linear
-from model import UNSUPPORTED, Context, first, rope_table, rotate, sinusoids
-from networks.vae import SQUARE, unpack  # 2, the side of the squares of latents that are packed into tokens
+from model import Context, attend, check_scheduler, contexts_of, padding_mask, rope_table, run, sinusoids
+from networks.vae import SQUARE, named, unpack  # 2, the side of the squares of latents that are packed into tokens
 from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
 from plumbing.recipes import FLUX2, SMALL_FLUX2
@@ -39,8 +38,9 @@ from plumbing.recipes import FLUX2, SMALL_FLUX2
 KEYS = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
         "joint_attention_dim", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps",
         "guidance_embeds")
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True,
-             "time_shift_type": "exponential"}  # what `time_shift` computes
+# Linear layers of the embedded time, each shared by all blocks of a kind: how many vectors shift, scale and gate those.
+MODULATIONS = {"double_stream_modulation_txt": 6, "double_stream_modulation_img": 6, "single_stream_modulation": 3,
+               "norm_out": 2}
 TIME_SCALE = 1000.0  # the network was trained on this times sigma
 GAP = 10             # on the first position axis, reference image j is at 10 + 10 j and the image itself at 0
 
@@ -75,11 +75,8 @@ def time_shift(scheduler_config: dict, steps: int, height: int, width: int) -> f
     scheduler_config: content of scheduler/scheduler_config.json; height, width: of latents x (128 for 1024 pixels).
     Source: Flux2KleinPipeline of diffusers 0.42.1. Raises InputError.
     """
-    found = SCHEDULER | {"use_dynamic_shifting": False} | scheduler_config  # diffusers' choice for missing keys
-    for key in (*SCHEDULER, *UNSUPPORTED):
-        if (found.get(key) or None) != SCHEDULER.get(key):
-            raise InputError(f"scheduler_config.json: {key} = {found.get(key)} is not supported with FLUX.2-klein; "
-                             "use the scheduler of its checkpoint")
+    kind = {"time_shift_type": "exponential"}                           # diffusers' choice, too, if it is missing
+    check_scheduler(kind | scheduler_config, "FLUX.2-klein", use_dynamic_shifting=True, **kind)
     return math.exp(empirical_mu((height // SQUARE) * (width // SQUARE), steps))
 
 
@@ -96,46 +93,13 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def grid_ids(t: int, latents: Tensor, device: torch.device) -> Tensor:
     """Positions (H W / 4, 4) of the tokens of latents (..., H, W): the square in row r and column c is (t, r, c, 0)."""
-    rows, columns = (side // SQUARE for side in latents.shape[-2:])
-    square = torch.arange(rows * columns, device=device)
-    return torch.stack([torch.full_like(square, t), square // columns, square % columns, 0 * square], dim=-1)
+    rows, columns = (torch.arange(side // SQUARE, device=device) for side in latents.shape[-2:])
+    return F.pad(F.pad(torch.cartesian_prod(rows, columns), (1, 0), value=t), (0, 1))
 
 
 def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then scale and shift (b, 1, dim)."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q, k, v (B, S, heads, D), with q and k turned by their positions -> (B, S, heads * D)."""
-    q, k = rotate(q, rope), rotate(k, rope)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return y.transpose(1, 2).flatten(2)
-
-
-class TimeEmbedder(nn.Module):
-    """Sinusoids of the time, then two Linears."""
-
-    def __init__(self, waves: int, dim: int):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(waves, dim, bias=False), nn.Linear(dim, dim, bias=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t (b,) float32, already scaled -> (b, dim) in the weights' dtype."""
-        waves = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
-
-
-class Modulation(nn.Module):
-    """A Linear of the embedded time, shared by all blocks of a kind: vectors that shift, scale and gate them."""
-
-    def __init__(self, dim: int, parts: int):
-        super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(dim, parts * dim, bias=False)
-
-    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(time)).unsqueeze(1).chunk(self.parts, dim=-1)         # (b, 1, dim) each
 
 
 def swiglu(layers: nn.ModuleDict, x: Tensor, adapter: AdapterBlock, name: str) -> Tensor:
@@ -159,16 +123,16 @@ class DoubleBlock(nn.Module):
                                                    "linear_out": nn.Linear(hidden, dim, bias=False)})
                                     for _ in range(2))
 
-    def forward(self, text: Tensor, image: Tensor, of_text: tuple[Tensor, ...], of_image: tuple[Tensor, ...],
-                rope: Tensor, mask: Tensor | None, adapter: AdapterBlock) -> tuple[Tensor, Tensor]:
-        """text (B, L, dim), image (B, N, dim), mask (B, 1, 1, L + N) bool with True = attend, or None.
+    def forward(self, streams: tuple[Tensor, Tensor], rope: Tensor, mask: Tensor | None, of_text: tuple[Tensor, ...],
+                of_image: tuple[Tensor, ...], adapter: AdapterBlock) -> tuple[Tensor, Tensor]:
+        """streams: text (B, L, dim) and image (B, N, dim); mask (B, 1, 1, L + N) bool with True = attend, or None.
 
         of_text, of_image: shift, scale, gate of the attention, then of the feed-forward; (b, 1, dim), b = 1 or B.
         """
         def heads(x: Tensor, name: str) -> Tensor:
             return linear(attn[name], x, adapter, f"attn.{name}").unflatten(-1, (self.heads, -1))
 
-        attn, eps = self.attn, self.eps
+        (text, image), attn, eps = streams, self.attn, self.eps
         t, i = modulated(text, eps, *of_text[:2]), modulated(image, eps, *of_image[:2])
         q = torch.cat([attn["norm_added_q"](heads(t, "add_q_proj")), attn["norm_q"](heads(i, "to_q"))], dim=1)
         k = torch.cat([attn["norm_added_k"](heads(t, "add_k_proj")), attn["norm_k"](heads(i, "to_k"))], dim=1)
@@ -191,7 +155,7 @@ class SingleBlock(nn.Module):
                                    "norm_q": nn.RMSNorm(dim // heads, eps=eps),
                                    "norm_k": nn.RMSNorm(dim // heads, eps=eps)})
 
-    def forward(self, x: Tensor, of_both: tuple[Tensor, ...], rope: Tensor, mask: Tensor | None,
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, of_both: tuple[Tensor, ...],
                 adapter: AdapterBlock) -> Tensor:
         """x (B, S, dim), mask (B, 1, 1, S) or None; of_both: shift, scale, gate."""
         y = linear(self.attn["to_qkv_mlp_proj"], modulated(x, self.eps, *of_both[:2]), adapter, "attn.to_qkv_mlp_proj")
@@ -218,10 +182,11 @@ class Flux2Transformer(nn.Module):
         self.checkpointing = False
         self.x_embedder = nn.Linear(packed, dim, bias=False)
         self.context_embedder = nn.Linear(config["joint_attention_dim"], dim, bias=False)
-        self.time_guidance_embed = nn.ModuleDict(
-            {"timestep_embedder": TimeEmbedder(config["timestep_guidance_channels"], dim)})
-        self.double_stream_modulation_txt, self.double_stream_modulation_img = Modulation(dim, 6), Modulation(dim, 6)
-        self.single_stream_modulation, self.norm_out = Modulation(dim, 3), Modulation(dim, 2)
+        self.waves = config["timestep_guidance_channels"]
+        self.time_guidance_embed = named(timestep_embedder=named(
+            linear_1=nn.Linear(self.waves, dim, bias=False), silu=nn.SiLU(), linear_2=nn.Linear(dim, dim, bias=False)))
+        for name, parts in MODULATIONS.items():
+            self.add_module(name, named(silu=nn.SiLU(), linear=nn.Linear(dim, parts * dim, bias=False)))
         self.transformer_blocks = nn.ModuleList(DoubleBlock(*sizes) for _ in range(config["num_layers"]))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(*sizes) for _ in range(config["num_single_layers"]))
         self.proj_out = nn.Linear(dim, packed, bias=False)
@@ -246,33 +211,25 @@ class Flux2Transformer(nn.Module):
         tensors alone, with any numbers of tokens and references, of any float dtype; adapter: LoRA or None.
         Returns (B, C, H, W) float32; inside, everything runs in the weights' dtype. Raises InputError.
         """
-        contexts = [c if isinstance(c, Context) else Context(c) for c in context]
+        contexts = contexts_of(x, context, self.context_embedder.in_features)
         self._check(x, contexts)
         dtype, length = self.proj_out.weight.dtype, max(len(c.text) for c in contexts)
         rope, mask = self._layout(x, contexts)
 
         sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True).reshape(-1)  # (1 or B,)
-        time = self.time_guidance_embed["timestep_embedder"](sigma * TIME_SCALE)            # (1 or B, dim)
-        of_text, of_image = self.double_stream_modulation_txt(time), self.double_stream_modulation_img(time)
-        of_both, (scale, shift) = self.single_stream_modulation(time), self.norm_out(time)  # scale first in norm_out
+        time = self.time_guidance_embed(sinusoids(sigma * TIME_SCALE, self.waves).to(dtype))        # (1 or B, dim)
+        of_text, of_image, of_both, (scale, shift) = (                                      # scale first in norm_out
+            getattr(self, name)(time).unsqueeze(1).chunk(parts, dim=-1)                     # (1 or B, 1, dim) each
+            for name, parts in MODULATIONS.items())
 
         text = pad_sequence([c.text.to(x.device, dtype) for c in contexts], batch_first=True)
         text = self.context_embedder(text)                                                  # (B, L, dim)
-        squares = to_tokens(x)                                                                   # (B, h w, 4 C)
+        squares = to_tokens(x)                                                              # (B, h w, 4 C)
         references = [torch.cat([squares[0, :0], *(to_tokens(r.to(x)) for r in c.references)]) for c in contexts]
         image = self.x_embedder(torch.cat([squares, pad_sequence(references, batch_first=True)], dim=1).to(dtype))
 
-        def run(name: str, block: nn.Module, *states):  # tensors are arguments, so a recomputation sees the same ones
-            arguments = (*states, rope, mask, adapter.block(name) if adapter is not None else None)
-            if self.checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return block(*arguments)
-
-        for i, block in enumerate(self.transformer_blocks):
-            text, image = run(f"transformer_blocks.{i}", block, text, image, of_text, of_image)
-        y = torch.cat([text, image], dim=1)
-        for i, block in enumerate(self.single_transformer_blocks):
-            y = run(f"single_transformer_blocks.{i}", block, y, of_both)
+        streams = run(self, "transformer_blocks", (text, image), rope, mask, of_text, of_image, adapter=adapter)
+        y = run(self, "single_transformer_blocks", torch.cat(streams, dim=1), rope, mask, of_both, adapter=adapter)
         y = y[:, length:length + squares.shape[1]]                                          # references are dropped
         y = self.proj_out(modulated(y, self.eps, shift, scale))                             # (B, h w, 4 C)
         y = rearrange(y, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // SQUARE, p=SQUARE, q=SQUARE)
@@ -281,7 +238,7 @@ class Flux2Transformer(nn.Module):
     def _layout(self, x: Tensor, context: list[Context]) -> tuple[Tensor, Tensor | None]:
         """Rotary tables and mask of [text, image, references], text and references padded to the longest of the batch.
 
-        The mask is (B, 1, 1, S) bool, True = attend; None when nothing is padded, so that flash kernels apply.
+        The former is (B, S, 1, D / 2, 2), the latter (B, 1, 1, S) or None, when nothing is padded.
         """
         device = x.device
         word = torch.arange(max(len(c.text) for c in context), device=device)
@@ -292,22 +249,14 @@ class Flux2Transformer(nn.Module):
         ids = torch.cat([ids, pad_sequence(references, batch_first=True)], dim=1)       # (B, S, 4)
         rope = rope_table(ids, self.axes, self.theta)
         lengths = [[len(c.text) for c in context], [len(image)] * len(x), [len(r) for r in references]]
-        if all(min(part) == max(part) for part in lengths):
-            return rope, None
-        return rope, torch.cat([first(part, max(part), device) for part in lengths], dim=1)[:, None, None]
+        return rope, padding_mask(lengths, device)
 
     def _check(self, x: Tensor, context: list[Context]) -> None:
-        if len(context) != len(x):
-            raise InputError(f"contexts: {len(context)} for {len(x)} latents; give one context per latent")
         for name, latents in [("latents", x[0])] + [("reference", r) for c in context for r in c.references]:
             shape, C = tuple(latents.shape), self.in_channels
             if len(shape) != 3 or shape[0] != C or any(side % SQUARE for side in shape[1:]) or not latents.numel():
                 raise InputError(f"{name}: shape {shape}, expected ({C}, even height, even width); crop images to "
                                  "multiples of 16 pixels and use the VAE and the transformer of one checkpoint")
-        for shape, width in ((tuple(c.text.shape), self.context_embedder.in_features) for c in context):
-            if len(shape) != 2 or shape[1] != width or not shape[0]:
-                raise InputError(f"context: shape {shape}, expected (tokens, {width}); "
-                                 "use the text encoder and the transformer of one checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------- the record
