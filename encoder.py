@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import Qwen3Model, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import Z_IMAGE, Context
+from model import Z_IMAGE, Context, first
 from plumbing.backbone import Backbone, TextStyle
 from plumbing.files import InputError
 
@@ -108,8 +108,23 @@ class Encoder:
         _check_prompts(prompts, forbidden=IMAGE_TOKEN)
         contexts = []
         for start in range(0, len(prompts), BATCH):
-            contexts += self._image_text_batch(self.vlm, self.image_processor, prompts[start:start + BATCH],
-                                               images[start:start + BATCH])
+            chosen, shown = prompts[start:start + BATCH], images[start:start + BATCH]
+            try:
+                pixels = self.image_processor(images=list(shown), return_tensors="pt")
+            except ValueError as error:  # an aspect ratio beyond 200
+                sizes = ", ".join(f"{image.width}x{image.height}" for image in shown)
+                raise InputError(f"image (one of {sizes}): {error}; crop it") from None
+            grids = pixels["image_grid_thw"]                                    # (B, 3): 1, rows, columns of patches
+            counts = grids.prod(-1) // self.image_processor.merge_size ** 2     # (B,) image tokens
+            tokens = []
+            for prompt, image, count in zip(chosen, shown, counts.tolist()):
+                chat = image_text_prompt(prompt, count, self.style.thought)
+                tokens.append(self._tokens(chat, prompt, IMAGE_TEXT_TOKENS))
+                if tokens[-1].count(self.vlm.config.image_token_id) < count:
+                    raise InputError(f"image of {image.width}x{image.height} pixels: {count} image tokens, the "
+                                     f"teacher's context holds {IMAGE_TEXT_TOKENS} in all; lower the largest number "
+                                     "of pixels")
+            contexts += self._features(self.vlm, tokens, **pixels.to(self.text.device))
         return contexts
 
     def teacher_texts(self, kind: str, prompts: Sequence[str], targets: Sequence[Image.Image], sources: Sequence[int]
@@ -120,25 +135,6 @@ class Encoder:
         """
         return TEACHER_CONTEXTS[kind].texts(self, prompts, targets, sources)
 
-    def _image_text_batch(self, vlm: Qwen3VLModel, image_processor: Qwen2VLImageProcessorPil, prompts: Sequence[str],
-                          images: Sequence[Image.Image]) -> list[Tensor]:
-        try:
-            pixels = image_processor(images=list(images), return_tensors="pt")
-        except ValueError as error:  # an aspect ratio beyond 200
-            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
-            raise InputError(f"image (one of {sizes}): {error}; crop it") from None
-        grids = pixels["image_grid_thw"]                                  # (B, 3): 1, rows, columns of patches
-        counts = grids.prod(-1) // image_processor.merge_size ** 2        # (B,) image tokens
-        image_id = vlm.config.image_token_id
-        tokens = []
-        for prompt, image, count in zip(prompts, images, counts.tolist()):
-            tokens.append(self._tokens(image_text_prompt(prompt, count, self.style.thought), prompt, IMAGE_TEXT_TOKENS))
-            if tokens[-1].count(image_id) < count:
-                raise InputError(f"image of {image.width}x{image.height} pixels: {count} image tokens, the teacher's "
-                                 f"context holds {IMAGE_TEXT_TOKENS} in all; lower the largest number of pixels")
-        return self._features(vlm, tokens, pixel_values=pixels["pixel_values"].to(self.text.device),
-                              image_grid_thw=grids.to(self.text.device))
-
     def _tokens(self, chat: str, prompt: str, limit: int) -> list[int]:
         tokens = self.tokenizer(chat).input_ids
         if len(tokens) > limit:
@@ -148,14 +144,12 @@ class Encoder:
     def _features(self, model: Qwen3Model | Qwen3VLModel, tokens: list[list[int]], **inputs: Tensor) -> list[Tensor]:
         """The style's hidden states of token sequences, (L_i, D) each; the images of a batch come in its order."""
         lengths = [max(len(row), self.fewest) for row in tokens]
-        gaps = [max(lengths) - len(row) for row in tokens]
-        padding = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [padding] * gap for row, gap in zip(tokens, gaps)], device=self.text.device)  # (B, L)
+        pads = [[self.tokenizer.pad_token_id] * (max(lengths) - len(row)) for row in tokens]
+        ids = torch.tensor([row + pad for row, pad in zip(tokens, pads)], device=self.text.device)           # (B, L)
         if isinstance(model, Qwen3VLModel):  # 1 on image tokens: they get two-dimensional rotary positions
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         if self.style.padded:  # padding that stays in the context sees the prompt, but no other padding
-            real = [[1] * len(row) + [0] * gap for row, gap in zip(tokens, gaps)]
-            inputs["attention_mask"] = torch.tensor(real, device=self.text.device)                           # (B, L)
+            inputs["attention_mask"] = first([len(row) for row in tokens], max(lengths), ids.device).long()  # (B, L)
         hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True, **inputs).hidden_states
         joined = torch.cat([hidden[layer] for layer in self.layers], dim=-1)                                 # (B, L, D)
         return [features[:length].clone() for features, length in zip(joined, lengths)]
