@@ -57,7 +57,9 @@ def parse(options: type, argv: list[str] | None, about: str):
 
 def _add(parser, field: dataclasses.Field) -> None:
     """One field's flag."""
-    old, extra, kind = field.metadata["old"], dict(field.metadata["extra"]), _plain_type(field.type)
+    old, extra, kind = field.metadata["old"], dict(field.metadata["extra"]), field.type
+    if isinstance(kind, types.UnionType):                               # `float | None`: float
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
     flags = ["--" + field.name.replace("_", "-"), *(name for name in old if name.startswith("--"))]
     required = field.default is MISSING and field.default_factory is MISSING
     if typing.get_origin(kind) is list:
@@ -78,13 +80,6 @@ def _default_of(field: dataclasses.Field, required: bool) -> str:
     if field.default is None and "(default" not in field.metadata["help"]:
         return RECIPES if field.name in Recipe.__dataclass_fields__ else ""
     return "" if field.default in (MISSING, None, "") or field.type is bool else f" (default: {field.default})"
-
-
-def _plain_type(annotation):
-    """`float | None` -> float."""
-    if isinstance(annotation, types.UnionType):
-        return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
-    return annotation
 
 
 def check_seed(seed: int) -> None:

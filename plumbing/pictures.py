@@ -58,11 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def crop(image: Image.Image, shape: Shape) -> Image.Image:
     """Resize to cover `shape` (height, width) and cut out the centre, in one Lanczos resampling."""
-    height, width = shape
-    scale = max(width / image.width, height / image.height)
-    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-    box = (max(0.0, left), max(0.0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.fit(image, shape[::-1], Image.Resampling.LANCZOS)
 
 
 def fit(image: Image.Image, multiple: int, area: int, path: Path | str) -> Image.Image:

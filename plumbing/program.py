@@ -49,21 +49,18 @@ def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> N
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        words = " ".join(str(error).split())
     except OSError as error:                                            # such as a name that is too long, a full disk
-        print(f"error: {str(error.filename or 'output')[:200]}: {error.strerror}; give another path, or free some "
-              "space", file=sys.stderr)
-        sys.exit(2)
+        words = f"{str(error.filename or 'output')[:200]}: {error.strerror}; give another path, or free some space"
     except torch.OutOfMemoryError as error:
         detail = ". ".join(str(error).splitlines()[0].split(". ")[1:3])  # how much was tried, how large the GPU is
-        print(f"error: CUDA out of memory ({detail}); {less_memory}", file=sys.stderr)
-        sys.exit(2)
+        words = f"CUDA out of memory ({detail}); {less_memory}"
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"error: out of memory ({str(error).split('] ')[-1].splitlines()[0]}); {less_memory}", file=sys.stderr)
-        sys.exit(2)
+        words = f"out of memory ({str(error).split('] ')[-1].splitlines()[0]}); {less_memory}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {words}", file=sys.stderr)
+    sys.exit(2)
