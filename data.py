@@ -15,7 +15,6 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,34 +60,27 @@ def read_folder(data: Path | str, captions_suffice: bool = False, caption: str =
     """The rows of `--data`, every image opened and decoded once. Raises InputError; nothing is skipped silently.
 
     data: a folder with (a) images and same-stem .txt captions, or (b) a metadata.jsonl with file_name and text, or (c)
-    a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched.
-    A line of a .jsonl may have `source`, one path or several: images that the caption says how to change.
-    captions_suffice: .txt files without images and lines without file_name are rows, too. caption: of images in (a)
-    without one of their own.
+    a .jsonl of the official D-OPSD code; or the path of such a .jsonl. Hidden files and subfolders are not searched. A
+    line may have `source`, one path or several: images that the caption says how to change. captions_suffice: .txt
+    files without images and lines without file_name are rows, too. caption: of images in (a) without one of their own.
     """
     data = Path(os.path.expanduser(data))
-    is_file = os.path.isfile(data) and data.suffix.lower() == ".jsonl"
-    rows = read_jsonl(data, captions_suffice) if is_file else read_files(data, captions_suffice, caption)
-    for row in rows:
-        if any(IMAGE_TOKEN in text or not is_text(text) for text in row.captions):
-            raise InputError(f"{row.image or data}: its caption has {IMAGE_TOKEN}, the mark of an image, or what UTF-8 "
-                             "cannot spell; remove it")
-    return rows
-
-
-def read_files(data: Path, captions_suffice: bool, caption: str) -> list[Row]:
-    """Layouts (a), (b) and (c) of a folder. Raises InputError."""
-    if not os.path.isdir(data):                                         # unlike Path's own, never fails
+    is_table = os.path.isfile(data) and data.suffix.lower() == ".jsonl"
+    if not is_table and not os.path.isdir(data):                        # unlike Path's own, these never fail
         raise InputError(f"{data}: no such folder; give a folder of images with captions, or a .jsonl file")
-    files = visible_files(data)
+    files = [data] if is_table else visible_files(data)
     tables = [path for path in files if path.suffix.lower() == ".jsonl"]
     if len(tables) > 1:
         raise InputError(f"{data}: several .jsonl files ({', '.join(path.name for path in tables)}); "
                          "give --data the path of the one to use")
-    rows = read_jsonl(tables[0], captions_suffice) if tables else \
-        read_sidecars(data, files, captions_suffice, caption)
+    rows = read_jsonl(tables[0], captions_suffice) if tables else read_sidecars(data, files, captions_suffice, caption)
     pictures = [path for row in rows for path in (row.image, *row.sources) if path]
-    say_unused(data, [*pictures, *(tables or (path for path in files if path.suffix.lower() == ".txt"))])
+    if not is_table:
+        say_unused(data, [*pictures, *(tables or (path for path in files if path.suffix.lower() == ".txt"))])
+    for row in rows:
+        if any(IMAGE_TOKEN in text or not is_text(text) for text in row.captions):
+            raise InputError(f"{row.image or data}: its caption has {IMAGE_TOKEN}, the mark of an image, or what UTF-8 "
+                             "cannot spell; remove it")
     return rows
 
 
@@ -103,36 +95,32 @@ def say_unused(folder: Path, used: list[Path]) -> None:
               f"{left[0].name}); pictures are read as {KINDS}", file=sys.stderr)
 
 
-def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool = False, caption: str = "") -> list[Row]:
+def read_sidecars(folder: Path, files: list[Path], captions_suffice: bool, caption: str) -> list[Row]:
     """Layout (a): a.jpg with its caption in a.txt, or `caption` for all without one. Raises InputError."""
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
-    captions = {path.stem: path for path in texts}
-    for alike in (images, texts):
-        for one, other in pairwise(sorted(alike, key=lambda path: path.stem)):
-            if one.stem == other.stem:
-                raise InputError(f"{other}: {one.name} has the same name, so their captions cannot be told apart; "
-                                 "rename one of them")
-    if not images and not captions:
+    images, texts = dict[str, Path](), dict[str, Path]()                # stem -> file
+    for path in files:
+        suffix = path.suffix.lower()
+        alike = images if suffix in IMAGE_SUFFIXES else texts if suffix == ".txt" else {}
+        if path.stem in alike:
+            raise InputError(f"{path}: {alike[path.stem].name} has the same name, so their captions cannot be told "
+                             "apart; rename one of them")
+        alike[path.stem] = path
+    if not images and not texts:
         raise InputError(f"{folder}: no images here (subfolders are not searched); "
                          f"add {KINDS} files with same-stem .txt captions, or a metadata.jsonl")
-    stems = {path.stem for path in images}
-    for stem, path in captions.items():
-        if stem not in stems and not captions_suffice:
-            raise InputError(f"{path}: a caption without an image; add {stem}.png ({KINDS}) or remove the caption")
-    bare = [path for path in images if path.stem not in captions]
-    if bare and not caption:
-        raise InputError(f"{bare[0]}: an image without a caption, {len(bare)} of {len(images)} have none; write one "
-                         f"into {bare[0].stem}.txt beside it, or give --caption TEXT for all of them")
-    pairs: list[tuple[Path | None, Path | None]] = [(path, captions.get(path.stem)) for path in images]
-    pairs += [(None, path) for stem, path in captions.items() if stem not in stems]
-    rows = []
-    for image, file in pairs:
+    found = []
+    for stem in images | texts:                                         # all captions, before the pictures are decoded
+        image, file = images.get(stem), texts.get(stem)
+        if not image and not captions_suffice:
+            raise InputError(f"{file}: a caption without an image; add {stem}.png ({KINDS}) or remove the caption")
+        if not file and not caption:
+            raise InputError(f"{image}: an image without a caption, {len(images.keys() - texts)} of {len(images)} have "
+                             f"none; write one into {stem}.txt beside it, or give --caption TEXT for all of them")
         text = read_text(file).strip() if file else caption
         if not text:
             raise InputError(f"{file}: the caption is empty; write what the image shows")
-        rows.append(Row(image, (text,), open_image(image).size if image else NO_IMAGE))
-    return rows
+        found.append((image, text))
+    return [Row(image, (text,), open_image(image).size if image else NO_IMAGE) for image, text in found]
 
 
 def read_jsonl(path: Path, captions_suffice: bool = False) -> list[Row]:
@@ -194,15 +182,12 @@ def read_imagefolder(entry: dict, where: str) -> tuple[str, tuple[str, ...], lis
 
 
 def read_official(entry: dict, where: str) -> tuple[str, tuple[str, ...], list[str]]:
-    """(image, captions, sources) of an official line: the last path is the target, those before it are references.
-
-    All captions that are not empty; h*w is not used.
-    """
+    """(image, captions, sources) of an official line: of the paths the last is the target, others are references."""
     key = next(key for key in OFFICIAL_PATHS if key in entry)
     paths = [entry[key]] if isinstance(entry[key], str) else entry[key]
     if not isinstance(paths, list) or not paths or not all(isinstance(name, str) and name for name in paths):
         raise InputError(f"{where}: {key!r} must be a path or a list of paths; correct this line")
-    texts = [entry.get(field) or "" for field in OFFICIAL_CAPTIONS]
+    texts = [entry.get(field) or "" for field in OFFICIAL_CAPTIONS]     # may be empty; h*w is not used
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where}: captions must be strings; correct this line")
     if not any(text.strip() for text in texts):
@@ -256,12 +241,10 @@ class Example:
         """Names of the tensors that come from the VAE."""
         return ["latents"] + [f"source.{j}" for j in range(len(self.row.sources))]
 
-    def texts(self) -> list[str]:
-        """Names of those that come from the encoder."""
-        return [f"{side}.{i}" for side in self.sides() for i in range(len(self.row.captions))]
-
-    def sides(self) -> tuple[str, ...]:
-        return ("student", "teacher") if self.kind else ("student",)
+    def texts(self, *captions: int) -> list[str]:
+        """Names of those that come from the encoder, of these captions or of all: the student's, then the teacher's."""
+        sides = ("student", "teacher") if self.kind else ("student",)
+        return [f"{side}.{i}" for side in sides for i in captions or range(len(self.row.captions))]
 
     def has(self, names: list[str]) -> bool:
         """Whether these are in its file. Where not, or where the file is broken, they are encoded again."""
@@ -279,10 +262,9 @@ class Example:
     def read(self, caption: int) -> tuple[Tensor, Context, Context | None]:
         """x0 (C, h, w), and the student's and the teacher's context (Eq. 4) with one of the captions."""
         with open_safetensors(self.file) as stored:
-            x0, sources = stored.get_tensor("latents"), [stored.get_tensor(f"source.{j}")
-                                                         for j in range(len(self.row.sources))]
-            texts = [stored.get_tensor(f"{side}.{caption}") for side in self.sides()]
-        return x0, *contexts(texts[0], texts[1] if self.kind else None, sources, x0, self.kind)
+            x0, *sources = map(stored.get_tensor, self.pictures())
+            student, *teacher = map(stored.get_tensor, self.texts(caption))
+        return x0, *contexts(student, teacher[0] if teacher else None, sources, x0, self.kind)
 
 
 @dataclass(frozen=True)
@@ -321,15 +303,11 @@ class Dataset:
     def batch(self, step: int) -> Batch:
         """The batch of `step` (0, 1, ...), a function of (seed, step). With accumulation, count micro-batches."""
         epoch, position = divmod(step, self.batches_per_epoch)
-        indices = self.order(epoch)[position]
-        latents, student, teacher, captions = [], [], [], []
+        indices, captions, contents = self.order(epoch)[position], [], []
         for index in indices:
-            example = self.examples[index]
-            rng = generator(self.seed, "caption", step, index)
+            example, rng = self.examples[index], generator(self.seed, "caption", step, index)
             drawn = int(torch.randint(len(example.row.captions), (), generator=rng))
             captions.append(example.row.captions[drawn])
-            x0, c_s, c_t = example.read(drawn)
-            latents.append(x0)
-            student.append(c_s)
-            teacher += [c_t] if c_t else []
-        return Batch(torch.stack(latents), student, teacher, captions, indices)
+            contents.append(example.read(drawn))
+        x0, c_s, c_t = zip(*contents)
+        return Batch(torch.stack(x0), list(c_s), [context for context in c_t if context], captions, indices)

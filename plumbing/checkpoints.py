@@ -10,7 +10,7 @@ from torch import Tensor
 from model import Z_IMAGE
 from networks.flux2 import KLEIN
 from plumbing.backbone import Backbone
-from plumbing.files import ROOT, InputError, checkpoint, read_json, stored_dtypes, transformer_class
+from plumbing.files import ROOT, InputError, checkpoint, open_safetensors, read_json, shards
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 
@@ -27,13 +27,13 @@ def model_folder(name: str) -> Path:
 
 
 def backbone_of(folder: Path) -> Backbone:
-    """The record of a checkpoint's kind of transformer, by its class. Raises InputError."""
-    name = transformer_class(folder)
-    found = next((backbone for backbone in BACKBONES if backbone.class_name == name), None)
-    if found is None:
-        raise InputError(f"{Path(folder) / 'transformer' / 'config.json'}: _class_name {name} is not supported; use a "
-                         "checkpoint of Z-Image or FLUX.2-klein")
-    return found
+    """The record of a checkpoint's kind of transformer; a config that does not say is Z-Image's. Raises InputError."""
+    path = Path(folder) / "transformer" / "config.json"
+    name = read_json(path).get("_class_name", Z_IMAGE.class_name)
+    for backbone in BACKBONES:
+        if backbone.class_name == name:
+            return backbone
+    raise InputError(f"{path}: _class_name {name} is not supported; use a checkpoint of Z-Image or FLUX.2-klein")
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -56,11 +56,13 @@ def check_quantize(folder: Path, quantize: str) -> None:
     if quantize == FLOAT:
         return
     for part in (folder / "transformer", folder / "text_encoder"):
-        has_config = read_json(part / "config.json").get("quantization_config")
-        found = [*(["quantization_config"] if has_config else []), *sorted(EIGHT_BITS & stored_dtypes(part))]
+        found = {"quantization_config"} if read_json(part / "config.json").get("quantization_config") else set()
+        for path, names in shards(part).items():
+            with open_safetensors(path) as file:
+                found |= EIGHT_BITS & {file.get_slice(name).get_dtype() for name in names}
         if found:
-            raise InputError(f"--quantize {quantize}: {part} has {', '.join(found)}, so it is quantised already; give "
-                             "the checkpoint in bfloat16 or float32")
+            raise InputError(f"--quantize {quantize}: {part} has {', '.join(sorted(found))}, so it is quantised "
+                             "already; give the checkpoint in bfloat16 or float32")
     backbone = backbone_of(folder)
     width = backbone.width(read_json(folder / "transformer" / "config.json", *backbone.keys))
     if width < WIDE:
@@ -81,19 +83,17 @@ def pixels_per_patch(folder: Path) -> int:
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """(channels, height, width) of the latents of a picture. Raises InputError on sides that are not divisible."""
-    config = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels")
-    multiple = pixels_per_patch(folder)
+    vae = read_json(folder / "vae" / "config.json", "block_out_channels", "latent_channels")
+    multiple, factor = pixels_per_patch(folder), 2 ** (len(vae["block_out_channels"]) - 1)
     for name, side in (("--height", height), ("--width", width)):
         if side < 1 or side % multiple:
             raise InputError(f"{name} {side}: not a positive multiple of {multiple}, which this model needs; "
-                             f"try {max(1, (side + (multiple - 1) // 2) // multiple) * multiple}")
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    return config["latent_channels"], height // factor, width // factor
+                             f"try {max(1, round(max(side, 1) / multiple)) * multiple}")
+    return vae["latent_channels"], height // factor, width // factor
 
 
 def shift_rule(folder: Path) -> Callable[[int, int, int], float]:
     """(solver steps, height and width of x) -> time shift of a checkpoint's grid. Raises InputError on other grids."""
-    rule = functools.partial(backbone_of(folder).time_shift,
-                             read_json(folder / "scheduler" / "scheduler_config.json"))
+    rule = functools.partial(backbone_of(folder).time_shift, read_json(folder / "scheduler" / "scheduler_config.json"))
     rule(4, 2, 2)
     return rule

@@ -27,7 +27,7 @@ from data import Example, Row, nearest_shape
 from encoder import TEACHER_CONTEXTS
 from networks import vae as autoencoder
 from plumbing import encoder_files, files
-from plumbing.checkpoints import pixels_per_patch
+from plumbing.checkpoints import backbone_of, pixels_per_patch
 from plumbing.files import InputError
 from plumbing.machine import free
 from plumbing.panels import PanelRow
@@ -62,7 +62,7 @@ class Features:
         needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
         self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm), folder) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
-                             files.transformer_class(folder), kind,
+                             backbone_of(folder).class_name, kind,
                              files.model_key(self.vlm, prefix=encoder_files.VISUAL) if self.vlm else "-",
                              str(dtype), cfg.teacher_rope,
                              str(recipe.image_pixels), *([cfg.quantize] if cfg.quantize != FLOAT else [])])
@@ -184,9 +184,9 @@ def encode_contexts(examples: list[Example], reader) -> None:
         if example.kind:
             contexts += reader.teacher_texts(example.kind, prompts, [example.target()] * len(prompts),
                                              [len(example.row.sources)] * len(prompts))  # c_t = f_mm(y, x0)
-        pictures = files.read_tensors(example.file) or {}
-        write(example, {name: pictures[name] for name in example.pictures()}
-              | dict(zip(example.texts(), contexts, strict=True)))
+        with files.open_safetensors(example.file) as stored:
+            pictures = {name: stored.get_tensor(name) for name in example.pictures()}
+        write(example, pictures | dict(zip(example.texts(), contexts, strict=True)))
 
 
 def write(example: Example, encoded: dict[str, Tensor]) -> None:

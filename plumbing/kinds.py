@@ -1,4 +1,5 @@
 """What the values in a checkpoint's JSON files may be: one table, by the names of the keys, for all of them."""
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,21 @@ def whole(least: int, most: int) -> Kind:
     return f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most
 
 
+def is_pattern(text: str) -> bool:
+    """Whether `re` takes it, and no time: without groups, nothing can be repeated in two ways."""
+    try:
+        return "(" not in text and bool(re.compile(text))
+    except re.error:
+        return False
+
+
 SIZE, LAYERS = whole(1, 2 ** 20), whole(1, 1000)
 SIZES: Kind = f"a list, each {SIZE[0]}", lambda value: type(value) is list and [] != value and all(map(SIZE[1], value))
 EITHER: Kind = f"{SIZE[0]}, or {SIZES[0]}", lambda value: SIZE[1](value) or SIZES[1](value)
 NUMBER: Kind = "a positive number", lambda value: type(value) in (int, float) and 0 < value < 1e30
 OBJECT: Kind = "an object", lambda value: isinstance(value, dict)
+ALPHAS: Kind = ("an object of patterns without groups and positive numbers", lambda value: OBJECT[1](value) and all(
+    is_pattern(name) and NUMBER[1](alpha) for name, alpha in value.items()))
 LIST: Kind = "a list", lambda value: isinstance(value, list)
 TEXT: Kind = "a text", lambda value: isinstance(value, str)
 FLAG: Kind = "true or false", lambda value: isinstance(value, bool)
@@ -25,9 +36,8 @@ NAMES = (
            "intermediate_size vocab_size latent_channels norm_num_groups spatial_merge_size temporal_patch_size"),
     (SIZES, "axes_dims axes_lens axes_dims_rope all_patch_size all_f_patch_size block_out_channels"),
     (EITHER, "patch_size"),
-    (NUMBER, "norm_eps rope_theta t_scale mlp_ratio eps rms_norm_eps scaling_factor batch_norm_eps"),
-    (NUMBER, "lora_alpha"), (OBJECT, "alpha_pattern"), (LIST, "teacher_lora"), (TEXT, "teacher"),
-    (FLAG, "qk_norm guidance_embeds"),
+    (NUMBER, "norm_eps rope_theta t_scale mlp_ratio eps rms_norm_eps scaling_factor batch_norm_eps lora_alpha"),
+    (ALPHAS, "alpha_pattern"), (LIST, "teacher_lora"), (TEXT, "teacher"), (FLAG, "qk_norm guidance_embeds"),
     (OBJECT, "weight_map text_config vision_config options"))
 KINDS = {name: kind for kind, names in NAMES for name in names.split()}
 
@@ -36,7 +46,6 @@ def wrong(content: dict, needed: tuple[str, ...]) -> str | None:
     """What is wrong with a file's values, one level of objects deep; null stands for a default where none is needed."""
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
         for name, value in part.items():
-            words, is_one = KINDS.get(name, ("", lambda _: True))
-            if not is_one(value) and not (value is None and name not in needed):
-                return f"{name} = {value!r:.60}, expected {words}"
+            if name in KINDS and not KINDS[name][1](value) and (value is not None or name in needed):
+                return f"{name} = {value!r:.60}, expected {KINDS[name][0]}"
     return None

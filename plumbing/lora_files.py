@@ -13,16 +13,16 @@ from pathlib import Path
 from torch import Tensor
 
 from lora import Adapter
-from plumbing.backbone import Backbone, Transformer
+from plumbing.backbone import Transformer
 from plumbing.checkpoints import BACKBONES
-from plumbing.files import InputError, open_safetensors, read_json
+from plumbing.files import InputError, broken, open_safetensors, read_json
 from plumbing.kinds import wrong
 from plumbing.quantized import FLOAT
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
-KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-                 r"(?:\.default)?\.weight|(?P<alpha>alpha))")
+KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})*(?P<layer>.+?)\."
+                 rf"(?:(?P<side>{'|'.join(map(re.escape, SIDES))})(?:\.default)?\.weight|alpha)")
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha; our own files must not have it
 
 
@@ -31,29 +31,33 @@ def load(path: Path | str, model: Transformer) -> Adapter:
 
     Reads our own files and the spellings of PEFT, diffusers, ComfyUI, kohya, ai-toolkit, OneTrainer and LyCORIS; ranks
     may differ between layers and layers may be missing. The file's alpha is folded into B, so the result has scale 1.
-    A file in PEFT's spelling keeps alpha in adapter_config.json beside it; without that file the scale is taken as 1,
-    with a warning.
-    Raises InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
+    PEFT's files have alpha in adapter_config.json beside them; without that the scale is 1, with a warning. Raises
+    InputError on the other backbone's LoRA, unknown keys, incomplete pairs, wrong shapes, or no LoRA at all.
     """
     path = Path(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; give a LoRA in a .safetensors file")
-    backbone = next(backbone for backbone in BACKBONES if isinstance(model, backbone.network))
-    spellings = _spellings(model.adaptable_names(), backbone.original_names)
+    own = next(backbone for backbone in BACKBONES if isinstance(model, backbone.network))
+    spellings = _spellings(model.adaptable_names(), own.original_names)
     with open_safetensors(path) as file:
         keys = list(file.keys())
-        _check_backbone(path, keys, backbone)
+        other = next((backbone for backbone in BACKBONES if any(map(backbone.layer_name.search, keys))), own)
+        if other is not own:
+            raise InputError(f"{path}: this is a LoRA for {other.name}, the model is {own.name}; give a LoRA made for "
+                             f"{own.name} or a {other.name} model")
         config = _alpha_config(path, file.metadata() or {}, any(key.startswith("base_model.") for key in keys))
         found: dict[str, dict[str, Tensor]] = {}
         for key in keys:
-            layer, part = _parse(path, key, spellings)
+            match = KEY.fullmatch(key)
+            if match is None or match["layer"] not in spellings:
+                raise InputError(f"{path}: unknown key {key}; give a LoRA made for this transformer")
+            parts, part = found.setdefault(match["layer"], {}), SIDES.get(match["side"], "alpha")
             tensor = file.get_tensor(key)
             if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-                raise InputError(f"{path}: {key} ({tensor.dtype}) has values that are not finite, or no floats at all; "
-                                 "use another file of this adapter")
-            if part in found.setdefault(layer, {}):
+                raise broken(path, f"{key} ({tensor.dtype}) has values that are not finite, or no floats at all")
+            if part in parts:
                 raise InputError(f"{path}: {key} occurs twice in different spellings; use a file with one of them")
-            found[layer][part] = tensor.float()
+            parts[part] = tensor.float()
     device = next(model.parameters()).device
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, parts in found.items():
@@ -76,14 +80,6 @@ def warn_other_weights(path: Path | str, quantize: str) -> None:
               file=sys.stderr)
 
 
-def _check_backbone(path: Path, keys: list[str], own: Backbone) -> None:
-    """Raises InputError for a LoRA of another backbone."""
-    other = next((backbone for backbone in BACKBONES if any(map(backbone.layer_name.search, keys))), own)
-    if other is not own:
-        raise InputError(f"{path}: this is a LoRA for {other.name}, the model is {own.name}; give a LoRA made for "
-                         f"{own.name} or a {other.name} model")
-
-
 def _spellings(names: list[str], originals: dict[str, str]) -> dict[str, list[str]]:
     """Spelling of a layer, without prefix -> the layers meant: three, in the order of `names`, for fused q, k and v.
 
@@ -94,29 +90,17 @@ def _spellings(names: list[str], originals: dict[str, str]) -> dict[str, list[st
     for name in names:
         group, index, local = name.split(".", 2)
         original = f"{originals.get(group, group)}.{index}.{originals.get(local, local)}"
-        for spelling in {name, original}:  # a set: some layers of Z-Image have one name only
+        dotted = {name, original}               # a set: some layers of Z-Image have one name only
+        for spelling in dotted | {spelling.replace(".", "_") for spelling in dotted}:       # kohya writes no dots
             table.setdefault(spelling, []).append(name)
-            table.setdefault(spelling.replace(".", "_"), []).append(name)  # kohya writes no dots
     return table
-
-
-def _parse(path: Path, key: str, spellings: dict[str, list[str]]) -> tuple[str, str]:
-    """A key of the file -> (spelling of its layer without prefix, "A" | "B" | "alpha")."""
-    match = KEY.fullmatch(key)
-    layer = match["layer"] if match else ""
-    while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
-        layer = layer.removeprefix(prefix)
-    if match is None or layer not in spellings:
-        raise InputError(f"{path}: unknown key {key}; give a LoRA made for this transformer")
-    return layer, SIDES[match["side"]] if match["side"] else "alpha"
 
 
 def _pairs(path: Path, layer: str, parts: dict[str, Tensor], names: list[str], model: Transformer, config: dict
            ) -> list[tuple[str, Tensor, Tensor]]:
     """(layer name, A, B with the scale folded in) for one layer of the file; a fused one gives three that share A."""
     if "A" not in parts or "B" not in parts:
-        missing = "A (down)" if "A" not in parts else "B (up)"
-        raise InputError(f"{path}: {layer} has no matrix {missing}; the file is incomplete, copy or download it again")
+        raise broken(path, f"{layer} has no matrix {'B (up)' if 'A' in parts else 'A (down)'}")
     A, B = parts["A"], parts["B"]
     shapes = [model.get_parameter(f"{name}.weight").shape for name in names]
     inner, sizes = shapes[0][1], [shape[0] for shape in shapes]
@@ -138,33 +122,15 @@ def _alpha_config(path: Path, metadata: dict[str, str], raw_peft: bool) -> dict:
             fields = {key.removeprefix("transformer."): value for key, value in fields.items()}
         except (ValueError, AttributeError, RecursionError):
             raise InputError(f"{path}: metadata {DIFFUSERS_METADATA} is no JSON object; save the file again") from None
-        return _checked(path, fields)
-    if not raw_peft:
-        return {}
+        if problem := wrong(fields, ("lora_alpha",)):
+            raise InputError(f"{path}: metadata {DIFFUSERS_METADATA} has {problem}; save the file again")
+        return fields
     config = path.with_name("adapter_config.json")
-    if config.is_file():
-        return _checked(config, read_json(config, "lora_alpha"))
-    warnings.warn(f"{path}: PEFT keys without adapter_config.json beside them, so alpha is unknown; loaded at scale 1")
+    if raw_peft and config.is_file():
+        return read_json(config, "lora_alpha")
+    if raw_peft:
+        warnings.warn(f"{path}: PEFT keys without adapter_config.json beside them, alpha is unknown; loaded at scale 1")
     return {}
-
-
-def _checked(path: Path, config: dict) -> dict:
-    """PEFT's fields, where their values can be used. Raises InputError."""
-    patterns = config.get("alpha_pattern") or {}
-    problem = wrong(config, ("lora_alpha",)) or next(
-        (f"alpha_pattern {pattern!r:.60} = {alpha!r:.60}" for pattern, alpha in patterns.items()
-         if not _is_pattern(pattern) or wrong({"lora_alpha": alpha}, ("lora_alpha",))), None)
-    if problem:
-        raise InputError(f"{path}: {problem}; use the file that belongs to this adapter")
-    return config
-
-
-def _is_pattern(text: str) -> bool:
-    """Whether `re` takes it, and no time: without groups, nothing can be repeated in two ways."""
-    try:
-        return "(" not in text and bool(re.compile(text))
-    except re.error:
-        return False
 
 
 def _config_scale(config: dict, layer: str, rank: int) -> float:

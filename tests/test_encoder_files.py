@@ -138,8 +138,9 @@ def test_bfloat16_keeps_rotary_tables_in_float32(world, images):
     assert {buffer.dtype for buffer in [*half.text.buffers(), *half.vlm.buffers()]} == {torch.float32}
 
 
-def test_official_limits_of_the_real_model(world, both):
-    processor = encoder_files._image_processor(world.vlm, both.vlm.config, (512 * 512, 768 * 768))
+def test_official_limits_of_the_real_model(world):
+    limits = (512 * 512, 768 * 768)
+    processor = encoder_files.load(world.folder, "cpu", vlm=world.vlm, image_pixels=limits).image_processor
     processor.patch_size = 16  # as in Qwen3-VL-4B
     sizes = [(1024, 1024), (1344, 576), (720, 1280), (64, 64)]
     grids = processor(images=[Image.new("RGB", size) for size in sizes], return_tensors="pt")["image_grid_thw"]
