@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from data import Batch, Dataset, generator
-from lora import velocity_of
+from lora import Bound
 from loss import Weight
 from model import Context
-from plumbing.backbone import Transformer
 from rollout import Velocity, rollout, sample, shifted, sigma_grid
 
 
@@ -102,11 +101,12 @@ def denoising_error(velocity: Velocity, x0: Tensor, eps: Tensor, sigma: Tensor) 
 class Prior(Dataset):
     """Captions with pictures that the untuned model draws, each once: the prior preservation of `dreambooth`."""
 
-    def __init__(self, captions: Dataset, model: Transformer, shift_of: Callable[[int, int, int], float], steps: int
-                 ) -> None:
-        """shift_of: solver steps, height and width of latents -> time shift. steps: of the model's own sampler."""
+    def __init__(self, captions: Dataset, base: Bound, device: torch.device,
+                 shift_of: Callable[[int, int, int], float], steps: int) -> None:
+        """base: the untuned model. shift_of: solver steps, height and width of latents -> time shift. steps: of the
+        model's own sampler."""
         super().__init__(captions.examples, captions.batch_size, captions.seed)
-        self.model, self.shift_of, self.steps = model, shift_of, steps
+        self.base, self.device, self.shift_of, self.steps = base, device, shift_of, steps
         self.drawn: dict[tuple[int, str], Tensor] = {}
 
     def batch(self, step: int) -> Batch:
@@ -119,11 +119,9 @@ class Prior(Dataset):
     def picture(self, index: int, caption: str, context: Context, like: Tensor) -> Tensor:
         """Latents (C, h, w) on the CPU, from noise that follows from (seed, caption). like: of their shape."""
         if (index, caption) not in self.drawn:
-            device = next(self.model.parameters()).device
-            x = torch.randn(1, *like.shape, generator=generator(self.seed, "prior", index, caption)).to(device)
-            untuned = velocity_of(self.model, [context.to(device)], None)
+            x = torch.randn(1, *like.shape, generator=generator(self.seed, "prior", index, caption)).to(self.device)
             sigmas = sigma_grid(self.shift_of(self.steps, *like.shape[1:]), self.steps)
-            self.drawn[index, caption] = sample(untuned, x, sigmas)[0].cpu()
+            self.drawn[index, caption] = sample(self.base([context.to(self.device)]), x, sigmas)[0].cpu()
         return self.drawn[index, caption]
 
 

@@ -10,6 +10,7 @@ Differs from the official code:
 2. Files have alpha / rank folded into B and diffusers' key names; the official code saves raw PEFT keys, which
    diffusers silently ignores and ComfyUI does not know.
 """
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from plumbing.backbone import Transformer
 from plumbing.files import InputError, write_tensors
+from plumbing.team import ALONE, Team
 from rollout import Velocity
 
+Bound = Callable[[list], Velocity]      # contexts -> velocity: a network with its weights
 AdapterBlock = dict[str, tuple[Tensor, Tensor, float]] | None  # layer name inside a block -> A, B, alpha / rank
 
 
@@ -113,12 +116,18 @@ def velocity_of(model: Transformer, context: list, adapter: Adapter | None) -> V
 
 
 class Tuned:
-    """What training changes: the adapter theta of the student and theta_bar of the teacher, on one frozen network."""
+    """What training changes: the adapter theta of the student and theta_bar of the teacher, on one frozen network.
 
-    def __init__(self, model: Transformer, rank: int, alpha: float, seed: int):
-        self.model, self.device = model, next(model.parameters()).device
+    `Full` in plumbing/full.py is the same for all weights.
+    """
+    saved = "student.safetensors"
+    walkers = 1                                                         # processes whose rollouts must be equally long
+
+    def __init__(self, model: Transformer, rank: int, alpha: float, seed: int, team: Team = ALONE):
+        self.model, self.device, self.team = model, next(model.parameters()).device, team
         self.theta = create(model, rank, alpha, seed)
         self.theta_bar = copy(self.theta)                               # the teacher starts as the student
+        self.draws = team.is_first                                      # panels
 
     def student(self, context: list) -> Velocity:
         return velocity_of(self.model, context, self.theta)
@@ -126,9 +135,22 @@ class Tuned:
     def teacher(self, context: list) -> Velocity:
         return velocity_of(self.model, context, self.theta_bar)
 
+    def base(self, context: list) -> Velocity:
+        """Of the untuned model."""
+        return velocity_of(self.model, context, None)
+
     def parameters(self) -> dict[str, Tensor]:
         """What the optimizer changes, by name."""
         return self.theta.tensors()
+
+    def __str__(self) -> str:
+        count = sum(tensor.numel() for tensor in self.theta.parameters())
+        return f"{count:,} LoRA parameters in {len(self.theta.weights)} layers"
+
+    def clip_(self, most: float) -> Tensor:
+        """Average the gradient over processes, clip its norm, and return what that was."""
+        self.team.mean_(tensor.grad for tensor in self.parameters().values())
+        return torch.nn.utils.clip_grad_norm_(self.parameters().values(), most)
 
     def ema_(self, decay: float) -> None:
         """theta_bar <- m theta_bar + (1 - m) theta."""
@@ -147,7 +169,7 @@ class Tuned:
     def save(self, folder: Path, metadata: dict[str, str], with_teacher: bool) -> None:
         """student.safetensors and, on demand, teacher.safetensors, for `sample.py` and other programs."""
         for side, adapter in self._sides():
-            if side == "student" or with_teacher:
+            if self.team.is_first and (side == "student" or with_teacher):
                 save(adapter, folder / f"{side}.safetensors", metadata)
 
     def _sides(self) -> tuple[tuple[str, Adapter], tuple[str, Adapter]]:

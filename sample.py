@@ -13,7 +13,9 @@ The starting noise is drawn on the CPU in float32 from `--seed`, so a picture eq
 or Flux2KleinPipeline with generator=torch.Generator("cpu").manual_seed(seed), no guidance and as many steps.
 """
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from plumbing.options import InputError, check_seed, option, parse
@@ -36,6 +38,7 @@ class Options:
 
     model: str = option("embedded", "checkpoint to draw with: a folder in diffusers layout, a hub id, or embedded, "
                         "which is tiny/model", MODEL)
+    transformer: str | None = option(None, "folder of other weights for it, which --tune full wrote", MODEL)
     lora: str | None = option(None, "adapter file, such as student.safetensors of a run", MODEL)
     teacher_context: str = option(None, "how the teacher is shown --reference: vlm, or reference (FLUX.2)", MODEL,
                                   choices=("vlm", "reference"))
@@ -68,7 +71,6 @@ from encoder import TEACHER_CONTEXTS, check_references, contexts
 from model import Context
 from networks import vae as autoencoder
 from plumbing import encoder_files, lora_files
-from plumbing.backbone import Transformer
 from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, pixels_per_patch, recipe_of,
                                   shift_rule, starting_noise)
 from plumbing.files import check_writable
@@ -80,15 +82,15 @@ from rollout import sample, sigma_grid
 
 
 # ------------------------------------------------------------------------------------------------------- pieces
-def draw(model: Transformer, contexts: list[Context], noise: Tensor, sigmas: Tensor,
-         adapter: lora.Adapter | None = None) -> Tensor:
-    """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w)."""
-    device = next(model.parameters()).device
-    latents = torch.cat([sample(lora.velocity_of(model, [context.to(device)], adapter), noise.to(device), sigmas)
-                         for context in contexts])
+def draw(network: lora.Bound, contexts: Iterable[Context], noise: Tensor, sigmas: Tensor, name: str) -> Tensor:
+    """Latents (n, C, h, w) of n prompts, one after the other, each from the same noise (1, C, h, w).
+
+    network: contexts -> velocity, with its weights. noise: on its device. name: of the network, for the InputError.
+    """
+    latents = torch.cat([sample(network([context.to(noise.device)]), noise, sigmas) for context in contexts])
     if not latents.isfinite().all():
-        raise InputError(f"--model: with {'an' if adapter else 'no'} adapter it draws what is not finite; copy or "
-                         "download the weights again, or use --dtype float32")
+        raise InputError(f"--model: the {name} draws what is not finite; copy or download the weights again, or use "
+                         "--dtype float32")
     return latents
 
 
@@ -170,16 +172,16 @@ def main(argv: list[str] | None = None) -> None:
     sigmas = sigma_grid(shift_rule(folder)(steps, *shape[1:]), steps)
 
     check_quantize(folder, cfg.quantize)
-    skeleton = backbone.check(folder)                               # before the larger work of encoding
+    skeleton = backbone.check(folder, cfg.transformer)              # before the larger work of encoding
     if cfg.lora:
         lora_files.load(cfg.lora, skeleton)
         lora_files.warn_other_weights(cfg.lora, cfg.quantize)
     check_memory(cfg, folder, device, lambda cfg: sampling_gb(cfg, folder, dtype))
     student, teacher = contexts_of(cfg, folder, recipe, prompts, sources, (height, width), device, dtype)
     free()                                                          # the encoders are gone before the transformer comes
-    net = backbone.load(folder, device, dtype, quantize=cfg.quantize)
+    net = backbone.load(folder, device, dtype, quantize=cfg.quantize, transformer=cfg.transformer)
     adapter = lora_files.load(cfg.lora, net) if cfg.lora else None
-    noise = starting_noise(backbone, cfg.seed, shape)
+    noise = starting_noise(backbone, cfg.seed, shape).to(device)
     wanted: dict[str, tuple[list[Context], lora.Adapter | None]] = {}   # column -> contexts, adapter
     if cfg.compare or not (adapter or teacher):
         wanted["base"] = (student, None)
@@ -187,15 +189,15 @@ def main(argv: list[str] | None = None) -> None:
         wanted["student"] = (student, adapter)
     if teacher:
         wanted["teacher's view"] = (teacher, adapter)
-    latents = {name: draw(net, tqdm(contexts, desc=name, disable=None), noise, sigmas, with_adapter)
-               for name, (contexts, with_adapter) in wanted.items()}
+    latents = {name: draw(partial(lora.velocity_of, net, adapter=with_adapter), tqdm(contexts, desc=name, disable=None),
+                          noise, sigmas, name) for name, (contexts, with_adapter) in wanted.items()}
     del net
     free()
     vae = autoencoder.load(folder, device)
     images = {name: [to_image(vae.decode(z[None])[0]) for z in rows] for name, rows in latents.items()}
 
     facts = {"seed": cfg.seed, "steps": len(sigmas) - 1, "model": cfg.model, "lora": "none"}
-    files = {"lora": [cfg.lora], "source": cfg.source, "reference": [cfg.reference]}
+    files = {"transformer": [cfg.transformer], "lora": [cfg.lora], "source": cfg.source, "reference": [cfg.reference]}
     facts |= {name: ", ".join(Path(path).name for path in paths if path) for name, paths in files.items() if any(paths)}
     out = Path(cfg.out)
     given = {f"source {i}" if sources[1:] else "source": [it] * len(prompts) for i, it in enumerate(sources, 1)}

@@ -1,9 +1,8 @@
 """D-OPSD: teach a step-distilled diffusion model a new concept from a few images.
 
     python train.py --data examples/star                                    # the embedded model, on a laptop
-    python train.py --data examples/star --resume --steps 200               # more of the same run
     python train.py --data DIR --model Tongyi-MAI/Z-Image-Turbo --caption "a [V] dog"       # photos, on a CUDA GPU
-    python train.py --data DIR --model black-forest-labs/FLUX.2-klein-4B
+    torchrun --standalone --nproc-per-node 8 train.py --data DIR --model black-forest-labs/FLUX.2-klein-4B --tune full
     python train.py --data A B --teacher-lora a.safetensors b.safetensors   # two adapters into one (arXiv 2605.15055)
 
 arXiv 2605.05204, Section 3. `dopsd` is the method, which keeps the few steps: the student walks the few-step sampler
@@ -25,9 +24,10 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from plumbing.options import parse
+from plumbing.options import InputError, parse
 from plumbing.train_options import (TARGET, UNTUNED, Options, Source, check_filled, check_values, read_source,
                                     shows_target, sources_of, what_is_kept)
 
@@ -44,14 +44,14 @@ from baselines import BASELINES, Method, Prior, passes_of_rollout
 from encoder import check_references
 from loss import Weight, weight_of
 from plumbing import lora_files, program
-from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of, check_quantize, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
-from plumbing.files import InputError
-from plumbing.machine import check_memory, device_and_dtype, recomputes, training_gb
+from plumbing.full import Full, tuned_of
+from plumbing.machine import check_room, device_and_dtype, recomputes
 from plumbing.panels import Panels, Shift
 from plumbing.recipes import Recipe, fill
-from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary
+from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary, provenance
+from plumbing.team import Team
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -80,7 +80,7 @@ class Task:
     """What to learn from whom: D-OPSD has one, and one with --keep; DiffusionOPD (arXiv 2605.15055) has several."""
     name: str
     dataset: data.Dataset
-    adapter: lora.Adapter | None    # of a frozen teacher that reads the prompt alone; None: the run's own teacher
+    teacher: lora.Bound | None      # a frozen one that reads the prompt alone; None: the run's own teacher
     index: int = 0                  # the task's noise is its own
     weight: float = 1.0             # of its loss
     batches: int = 1                # beside one of each other task
@@ -88,7 +88,7 @@ class Task:
     method: Method = METHODS["dopsd"]   # how
 
 
-def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shift) -> dict:
+def bind(cfg: Options, tuned: lora.Tuned | Full, task: Task, number: int, shift_of: Shift) -> dict:
     """What the methods ask for, for batch `number` of a task: every velocity gets its weights and its context here."""
     batch = task.dataset.batch(number)
     rng = data.generator(cfg.seed, "noise", number, *([task.index] if task.index else []))
@@ -97,12 +97,11 @@ def bind(cfg: Options, tuned: lora.Tuned, task: Task, number: int, shift_of: Shi
                 for side in (batch.student_context, batch.teacher_context))
     K, shift = cfg.rollout_steps, shift_of(cfg.rollout_steps, *x0.shape[2:])
     return {"student": tuned.student(c_s),                                              # theta, c_s
-            "teacher": lora.velocity_of(tuned.model, c_s, task.adapter) if task.adapter
-            else tuned.teacher(c_t),                                                    # theta_bar, c_t
-            "base": lora.velocity_of(tuned.model, c_s, None),
+            "teacher": task.teacher(c_s) if task.teacher else tuned.teacher(c_t),       # theta_bar, c_t
+            "base": tuned.base(c_s),
             "x": torch.randn(x0.shape, generator=rng).to(tuned.device, non_blocking=True), "x0": x0,
             "sigmas": sigma_grid(shift, K), "shift": shift, "weight": weight_of(cfg.loss),
-            "learned": draw_states(K, cfg.grad_states or K, number, cfg.seed, task.index),
+            "learned": draw_states(K, cfg.grad_states or K, number // tuned.walkers, cfg.seed, task.index),
             "noise": cfg.noise, "beta": cfg.beta, "rng": rng}
 
 
@@ -118,32 +117,28 @@ def draw_states(K: int, n: int, number: int, seed: int, task: int = 0) -> list[i
 
 
 def gradient_of_step(cfg: Options, run: Run, tasks: list[Task], shift_of: Shift) -> dict[str, Tensor]:
-    """The gradient of one optimizer step, that of `objective`; returns the mean loss of each task, on the device."""
+    """The gradient of one optimizer step, of the weighted mean over tasks; returns each task's loss, on the device."""
     losses = {task.name: torch.zeros((), device=run.tuned.device) for task in tasks}
     weights = sum(task.weight for task in tasks)
     for task in tasks:                                                                  # a round of DiffusionOPD
         batches = cfg.accumulate * task.batches
-        for number in range(run.step * batches, (run.step + 1) * batches):
+        for number in run.team.numbers(run.step, batches):                              # its share of all
             for loss in task.method(**bind(cfg, run.tuned, task, number, shift_of)):
                 (loss * task.weight / (batches * weights)).backward()                   # one graph alive at a time
                 losses[task.name] += loss.detach() / batches
     return losses
 
 
-def objective(tasks: list[Task], losses: dict[str, float]) -> float:
-    """The weighted mean over tasks."""
-    return sum(task.weight * losses[task.name] for task in tasks) / sum(task.weight for task in tasks)
-
-
 def clip_and_check(run: Run, tasks: list[Task], losses: dict[str, Tensor]) -> tuple[float, dict[str, float], float]:
-    """Clip the gradient's norm to 1; returns `objective`, the losses, and what the norm was.
+    """Clip the gradient's norm to 1; returns the weighted mean of the losses, the losses, and what the norm was.
 
     A step that is not finite ends the run before it is made.
     """
-    length = torch.nn.utils.clip_grad_norm_(run.tuned.parameters().values(), 1.0)
+    length = run.tuned.clip_(1.0)
+    run.team.mean_(losses.values())
     norm, *found = torch.stack([length, *losses.values()]).tolist()     # the only time in a step to wait for the GPU
     of_task = dict(zip(losses, found))
-    loss = objective(tasks, of_task)
+    loss = sum(task.weight * of_task[task.name] for task in tasks) / sum(task.weight for task in tasks)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}; " + (
             f"the state before it is in {run.out}; start anew with another --out and a smaller --lr or --dtype float32"
@@ -157,7 +152,7 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
     m = {"ema": cfg.ema, "copy": 0.0, "frozen": 1.0}[cfg.teacher_weights]
     if cfg.sample_every and (run.step == cfg.steps or run.step % cfg.sample_every == 0):    # Ctrl-C may have come first
         draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
-    bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=None)
+    bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=run.team.rank > 0 or None)
     with program.Interrupt() as interrupt, run.saved_on_errors():
         for _ in bar:
             started = time.time()
@@ -167,6 +162,7 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
             run.tuned.ema_(m)                                           # theta_bar <- m theta_bar + (1 - m) theta
             run.step += 1
             bar.set_postfix_str(run.log(loss, losses, norm, time.time() - started))
+            interrupt.asked = run.team.any(interrupt.asked)
             done = run.step == cfg.steps or interrupt.asked
             if done or run.step % cfg.save_every == 0:
                 run.save()
@@ -175,25 +171,30 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
                 return 128 + interrupt.asked
             if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
                 draw_panel(cfg, run, panels, tasks)
-    print(f"done     {run.out / 'student.safetensors'}" + f", panels in {run.out / 'samples'}" * bool(cfg.sample_every))
+    print(f"done     {run.out / run.tuned.saved}" + f", panels in {run.out / 'samples'}" * bool(cfg.sample_every))
     return 0
 
 
 def draw_panel(cfg: Options, run: Run, panels: Panels, tasks: list[Task]) -> None:
     """samples/step_N.png of the current step."""
-    panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", f"{cfg.method}, step {run.step} of {cfg.steps}",
-                run.tuned.theta, run.tuned.theta_bar if shows_target(cfg, METHODS[cfg.method]) else None,
-                {f"teacher of {task.name}": task.adapter for task in tasks if task.adapter and task.in_panels})
+    if run.tuned.draws:
+        panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", f"{cfg.method}, step {run.step} of {cfg.steps}",
+                    run.tuned.student, run.tuned.teacher if shows_target(cfg, METHODS[cfg.method]) else None,
+                    {f"teacher of {task.name}": task.teacher for task in tasks if task.teacher and task.in_panels},
+                    run.team.is_first)
 
 
 # ---------------------------------------------------------------------------------------------------- the program
 def main(argv: list[str] | None = None) -> int:
     """Five stages; nothing is written before the second has passed, and no two large networks are loaded at once."""
-    cfg, recipe, folder, rows = read(argv)
-    features = check(cfg, recipe, folder, rows)
-    encode(features)
-    with alone(out_folder(cfg)):
-        run, tasks, panels = load(cfg, recipe, folder, features)
+    team = Team.meet()
+    with team.in_turn("process 0 to read and encode the data"):
+        cfg, recipe, folder, rows = read(argv)
+        features = check(cfg, recipe, folder, rows, team)
+        encode(features)
+    team.check_same({"options": str(cfg), "data": str(fingerprint_of(features)), "code": str(provenance())})
+    with alone(out_folder(cfg), team):
+        run, tasks, panels = load(cfg, recipe, folder, features, team)
         return train(cfg, run, tasks, panels, shift_rule(folder))
 
 
@@ -210,7 +211,7 @@ def read(argv: list[str] | None) -> tuple[Options, Recipe, Path, list[list[data.
     return filled, recipe, folder, rows
 
 
-def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]) -> list[Features]:
+def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]], team: Team) -> list[Features]:
     """What can be seen to fail fails here: references, scheduler, weights, LoRA files, memory, pictures, the folder."""
     check_filled(cfg)
     backbone, kind = backbone_of(folder), cfg.teacher_context if METHODS[cfg.method].has_teacher else ""
@@ -222,13 +223,14 @@ def check(cfg: Options, recipe: Recipe, folder: Path, rows: list[list[data.Row]]
     check_quantize(folder, cfg.quantize)
     skeleton = backbone.check(folder)
     for source in sources_of(cfg):
-        adapter_of(source.teacher, skeleton)
+        if source.teacher not in (TARGET, UNTUNED):
+            lora_files.load(Path(source.teacher), skeleton)
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    check_memory(cfg, folder, device, lambda cfg: training_gb(cfg, folder, dtype, skeleton))
+    check_room(cfg, folder, out_folder(cfg), device, dtype, skeleton, team.size)
     cache = Path(cfg.cache) if cfg.cache else out_folder(cfg) / "cache"
     features = [Features(cfg, part, folder, recipe, kind if source.teacher == TARGET else "", cache, device, dtype,
                          in_panels=not source.is_kept) for part, source in zip(rows, sources_of(cfg), strict=True)]
-    open_run(cfg, out_folder(cfg), fingerprint_of(features))
+    open_run(cfg, out_folder(cfg), fingerprint_of(features), team.size)
     return features
 
 
@@ -240,40 +242,38 @@ def encode(features: list[Features]) -> None:
         part.encode(part is last, kept)
 
 
-def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features]) -> tuple[Run, list[Task], Panels]:
+def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features], team: Team
+         ) -> tuple[Run, list[Task], Panels]:
     """The transformer with student and teacher, from the state that --resume continues."""
-    open_run(cfg, out_folder(cfg), fingerprint_of(features))            # nobody has been here meanwhile
+    open_run(cfg, out_folder(cfg), fingerprint_of(features), team.size)     # nobody has been here meanwhile
     device, dtype = device_and_dtype(cfg.device, cfg.dtype)
-    model = backbone_of(folder).load(folder, device, dtype, compile=cfg.compile, quantize=cfg.quantize)
-    model.checkpointing = cfg.checkpointing = recomputes(cfg, folder, dtype, model)     # and config.json says so
-    run = Run(cfg, out_folder(cfg), lora.Tuned(model, cfg.rank, cfg.alpha, cfg.seed),
-              shows_target(cfg, METHODS[cfg.method]))
+    tuned = tuned_of(cfg, folder, device, dtype, team, METHODS[cfg.method])
+    tuned.model.checkpointing = cfg.checkpointing = recomputes(cfg, folder, dtype, tuned.model, team.size)
+    run = Run(cfg, out_folder(cfg), tuned, shows_target(cfg, METHODS[cfg.method]))
     shift_of = shift_rule(folder)
-    tasks = [task_of(index, source, part.dataset, cfg, recipe, model, shift_of)
+    tasks = [task_of(index, source, part.dataset, cfg, recipe, tuned, shift_of)
              for index, (source, part) in enumerate(zip(sources_of(cfg), features, strict=True))]
+    shown = [row for part in features for row in part.panel]
+    panels = Panels(folder, device, shift_of, recipe.inference_steps, cfg.seed, shown)
+    if cfg.sample_every and tuned.draws:
+        panels.draw_base(tuned.base)                                    # --resume replaces all weights of a full tuning
     if cfg.resume:
         run.load()
     run.begin(recipe.name, fingerprint_of(features))
     print_summary(cfg, recipe, folder, run, tasks)
-    shown = [row for part in features for row in part.panel]
-    return run, tasks, Panels(folder, model, shift_of, recipe.inference_steps, cfg.seed, shown)
+    return run, tasks, panels
 
 
-def task_of(index: int, source: Source, dataset: data.Dataset, cfg: Options, recipe: Recipe, model: Transformer,
+def task_of(index: int, source: Source, dataset: data.Dataset, cfg: Options, recipe: Recipe, tuned: lora.Tuned | Full,
             shift_of: Shift) -> Task:
     """A source with its teacher and its method; the captions of --keep get pictures if that method learns from such."""
     method = METHODS[METHODS[cfg.method].keeps if source.is_kept else cfg.method]
     if source.is_kept and "x0" in method.needs:
-        dataset = Prior(dataset, model, shift_of, recipe.inference_steps)
-    return Task(source.name, dataset, adapter_of(source.teacher, model), index, source.weight, source.batches,
-                not source.is_kept, method)
-
-
-def adapter_of(teacher: str, model: Transformer) -> lora.Adapter | None:
-    """The weights of a task's frozen teacher; None: the run's own teacher. Raises InputError."""
-    if teacher == TARGET:
-        return None
-    return lora.create(model, rank=1, alpha=1, seed=0) if teacher == UNTUNED else lora_files.load(Path(teacher), model)
+        dataset = Prior(dataset, tuned.base, tuned.device, shift_of, recipe.inference_steps)
+    teacher = None if source.teacher == TARGET else tuned.base
+    if source.teacher not in (TARGET, UNTUNED):
+        teacher = partial(lora.velocity_of, tuned.model, adapter=lora_files.load(Path(source.teacher), tuned.model))
+    return Task(source.name, dataset, teacher, index, source.weight, source.batches, not source.is_kept, method)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ from model import Z_IMAGE, Context
 from networks.flux2 import KLEIN
 from plumbing.backbone import compile_blocks
 from plumbing.files import put
-from plumbing.machine import PICTURE
+from plumbing.machine import PICTURE, activations_gb, trained_gb
 from plumbing.options import option, parse
 from plumbing.quantized import FLOAT, INT8
 from plumbing.recipes import TURBO
+from plumbing.train_options import FULL, LORA, NONE
 from rollout import sigma_grid
 from train import dopsd, draw_states
 
@@ -55,6 +57,8 @@ class Options:
     backbone: str = option("zimage", "whose architecture", choices=tuple(BACKBONES))
     size: int = option(TURBO.size, "side of the training picture in pixels")
     rank: int = option(TURBO.rank, "rank of the LoRA")
+    tune: str = option(LORA, "lora; or full, for which it only sums up what 1 to 8 GPUs need each",
+                       choices=(LORA, FULL))
     quantize: str = option(FLOAT, "the frozen Linear weights of the blocks: none, or int8", choices=(FLOAT, INT8))
     batch_size: int = option(TURBO.batch_size, "number of images in a forward pass")
     accumulate: int = option(TURBO.accumulate, "number of batches per optimizer step")
@@ -224,9 +228,25 @@ def line(name: str, found: dict) -> str:
             f"{found['simulated_gib']:.1f} GiB")
 
 
+def summed(cfg: Options) -> str:
+    """A line for each number of GPUs: GiB of each, with and without an untuned model for --keep (machine.py's sums)."""
+    model, lines = skeleton(cfg, BACKBONES[cfg.backbone][1], released=False), []
+    given = SimpleNamespace(**vars(cfg), method="dopsd", teacher_weights="ema",
+                            teacher_context="vlm" if cfg.backbone == "zimage" else "reference")
+    tokens = (cfg.size // 16) ** 2
+    for processes in (1, 2, 4, 8):
+        each = [trained_gb(SimpleNamespace(**vars(given), keep=keep), torch.bfloat16, model, processes)
+                + activations_gb(given, tokens, torch.bfloat16, model) for keep in (NONE, "captions")]
+        lines.append(f"{cfg.backbone}, {processes} GPUs: {each[0]:.1f} GiB each, {each[1]:.1f} with --keep (summed)")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Options, argv, "One D-OPSD step at the true sizes, on random weights.")
     cfg.checkpointing = cfg.checkpointing is not False
+    if cfg.tune == FULL:
+        print(summed(cfg))
+        return
     config = BACKBONES[cfg.backbone][1]
     ours = measure(cfg, config, released=False)
     print(line("ours", ours), flush=True)

@@ -65,21 +65,23 @@ class Backbone:
     layer_name: re.Pattern          # finds a layer of this transformer in a LoRA's key, in any spelling
     original_names: dict[str, str]  # our names of block groups and layers -> those of the original weights
 
-    def check(self, folder: Path) -> Transformer:
+    def check(self, folder: Path, transformer: str | None = None) -> Transformer:
         """The transformer without memory, on the meta device. Raises what `load` would, from the files' headers."""
-        folder = Path(folder) / "transformer"
+        folder = Path(transformer or Path(folder) / "transformer")
         model = self._skeleton(folder)
         load_strictly(model, tensors(folder, only_shapes=True), folder, "meta", torch.float32)
         return model
 
     def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-             compile: bool = False, quantize: str = FLOAT) -> Transformer:
+             compile: bool = False, quantize: str = FLOAT,
+             transformer: str | None = None) -> Transformer:
         """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
         checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block; quantize:
-        int8 for the weights of the repeated blocks. Raises InputError when files are missing or do not belong together.
+        int8 for the weights of the repeated blocks; transformer: another folder of weights, as full fine-tuning writes
+        them. Raises InputError when files are missing or do not belong together.
         """
-        folder = Path(folder) / "transformer"
+        folder = Path(transformer or Path(folder) / "transformer")
         model = self._skeleton(folder)
         int8 = tuple(model.blocks()) if quantize == INT8 else ()
         load_strictly(model, tensors(folder), folder, device, dtype, int8=int8)

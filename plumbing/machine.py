@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from plumbing.backbone import Transformer
 from plumbing.checkpoints import pixels_per_patch
 from plumbing.files import InputError, tensors
 from plumbing.quantized import FLOAT, INT8
+from plumbing.train_options import FULL, LORA, NONE, ONLY_LORA
 
 TEXT, PICTURE = 512, 576    # most tokens of a prompt, and of the picture that a VLM shows to the teacher
 IN_BLOCK = re.compile(r"(layers|blocks|refiner)\.\d.*weight")     # what --quantize is for
@@ -33,25 +35,43 @@ def weights_gb(network: Path, dtype: torch.dtype, quantize: str = FLOAT) -> floa
     return sum(size(*named) for named in tensors(network, only_shapes=True)) / 2 ** 30
 
 
-def step_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
-    """GB of a training step beside the model's weights, by the options of train.py and for prompts of full length.
+def trained_gb(cfg, dtype: torch.dtype, model: Transformer, processes: int) -> float:
+    """GB of what is trained and all that belongs to it: theta, theta_bar, gradient and Adam's two moments, in float32.
 
-    theta, theta_bar, gradient and Adam's two moments are float32. Each block's input is kept, without checkpointing 23
-    tensors as large: 12, and 4 as wide as the feed-forward. The block at work has 28, gradients included, or, without
-    gradients, 20 of the teacher's, whose context is longer.
+    With --tune full, processes share it, and the untuned model where one is needed; each has a whole block twice.
     """
-    image, context = (cfg.size // pixels_per_patch(folder)) ** 2, TEACHER_CONTEXTS[cfg.teacher_context]
+    if cfg.tune == LORA:
+        shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
+        return 5 * 4 * cfg.rank * sum(map(sum, shapes)) / 2 ** 30
+    weights = sum(parameter.numel() for parameter in model.parameters()) / 2 ** 30
+    has_base = cfg.keep != NONE or cfg.method == "pso" or cfg.teacher_weights == "frozen"
+    shared = weights * (4 * (4 + (cfg.teacher_weights == "ema")) + dtype.itemsize * has_base)
+    return shared / processes + 2 * weights * dtype.itemsize / len(model.blocks())
+
+
+def step_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
+    """GB of a training step's activations, by the options of train.py and for prompts of full length."""
+    return activations_gb(cfg, (cfg.size // pixels_per_patch(folder)) ** 2, dtype, model)
+
+
+def activations_gb(cfg, image: int, dtype: torch.dtype, model: Transformer) -> float:
+    """The same for `image` tokens of the picture.
+
+    Each block's input is kept, without checkpointing 23 tensors as large: 12, and 4 as wide as the feed-forward. The
+    block at work has 28, gradients included, or, without gradients, 20 of the teacher's, whose context is longer.
+    """
+    context = TEACHER_CONTEXTS[cfg.teacher_context]
     student, teacher = TEXT + image, TEXT + image + PICTURE * context.needs_vlm + image * context.adds_reference
-    shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
-    adapters = 5 * 4 * cfg.rank * sum(map(sum, shapes))
+    width = model.get_parameter(f"{model.lora_names()[0]}.weight").shape[1]
     kept = student * len(model.blocks()) * (23 if cfg.checkpointing is False else 1) + max(28 * student, 20 * teacher)
-    return (adapters + cfg.batch_size * kept * shapes[0][1] * dtype.itemsize) / 2 ** 30
+    return cfg.batch_size * kept * width * dtype.itemsize / 2 ** 30
 
 
-def training_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> float:
+def training_gb(cfg, folder: Path, dtype: torch.dtype, model: Transformer, processes: int = 1) -> float:
     """GB of the larger phase, encoding or training. model: the transformer, for its shapes alone."""
-    encoder, transformer = (weights_gb(folder / part, dtype, cfg.quantize) for part in ("text_encoder", "transformer"))
-    return max(1.15 * encoder, transformer + step_gb(cfg, folder, dtype, model))     # .15: vision tower, activations
+    encoder, frozen = (weights_gb(folder / part, dtype, cfg.quantize) for part in ("text_encoder", "transformer"))
+    step = trained_gb(cfg, dtype, model, processes) + step_gb(cfg, folder, dtype, model)
+    return max(1.15 * encoder, step + frozen * (cfg.tune == LORA))      # .15: vision tower, activations
 
 
 def sampling_gb(cfg, folder: Path, dtype: torch.dtype) -> float:
@@ -80,27 +100,48 @@ def check_memory(cfg, folder: Path, device: torch.device, needed: Callable[..., 
         return
     ways: list[str] = []
     for less in LESS:
-        changes = {name: value for name, value in less.items() if getattr(cfg, name, value) not in (value, None)}
+        changes = {name: value for name, value in less.items() if getattr(cfg, name, value) not in (value, None)
+                   and not (name in ONLY_LORA and getattr(cfg, "tune", LORA) == FULL)}
         gb = needed(dataclasses.replace(cfg, **changes))
         words = (f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changes.items())
         way = f"{' '.join(words)} ({gb:.1f} GB)"
         ways += [way] if gb <= left and way not in ways else []
+    larger = "more GPUs (torchrun)" if getattr(cfg, "tune", LORA) == FULL else "a larger machine"
     message = (f"{folder}: needs about {need:.1f} GB, {device} has {left:.1f} GB free; use "
-               f"{', or '.join(ways[:3] or ['a smaller checkpoint'])}, or a larger machine")
+               f"{', or '.join(ways[:3] or ['a smaller checkpoint'])}, or {larger}")
     if device.type == "cuda":
         raise InputError(message)
     print(f"warning: {message}", file=sys.stderr)
 
 
-def recomputes(cfg, folder: Path, dtype: torch.dtype, model: Transformer) -> bool:
+def disk_gb(cfg, dtype: torch.dtype, model: Transformer) -> float:
+    """GB of a run's files while they are saved, when the state is there twice: theta, theta_bar, two moments."""
+    trained = cfg.rank * sum(sum(model.get_parameter(f"{name}.weight").shape) for name in model.lora_names()) \
+        if cfg.tune == LORA else sum(parameter.numel() for parameter in model.parameters())
+    return trained * (2 * 16 + 3 * dtype.itemsize) / 2 ** 30
+
+
+def check_room(cfg, folder: Path, out: Path, device: torch.device, dtype: torch.dtype, model: Transformer,
+               processes: int) -> None:
+    """Compare what a run needs with free memory and with the free part of the disk of `out`. Raises InputError."""
+    check_memory(cfg, folder, device, lambda cfg: training_gb(cfg, folder, dtype, model, processes))
+    place = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    need, left = disk_gb(cfg, dtype, model), shutil.disk_usage(place).free / 2 ** 30
+    if need > left:
+        raise InputError(f"--out {out}: needs about {in_words(need)} on disk, {in_words(left)} are free; choose "
+                         "a larger one")
+
+
+def recomputes(cfg, folder: Path, dtype: torch.dtype, model: Transformer, processes: int = 1) -> bool:
     """Whether blocks are recomputed in the backward pass: if the user says so, or if a step does not fit otherwise.
 
-    model: loaded, so what is free now is for the step; a tenth of it is left for what `step_gb` does not know.
+    model: loaded, so what is free is for gradient, moments and the step; a tenth of it is left for what sums miss.
     """
     if cfg.checkpointing is not None:
         return cfg.checkpointing
     device = next(model.parameters()).device
-    return step_gb(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model) > 0.9 * free_gb(device)
+    step = step_gb(dataclasses.replace(cfg, checkpointing=False), folder, dtype, model)
+    return step + 0.6 * trained_gb(cfg, dtype, model, processes) > 0.9 * free_gb(device)
 
 
 def in_words(gb: float) -> str:

@@ -1,7 +1,9 @@
 """How the programs end: one line for a mistake, a saved state for Ctrl-C, no traceback for either."""
 import io
+import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -21,14 +23,18 @@ class Interrupt:
     second one stops at once. asked: the signal's number, or 0."""
 
     def __enter__(self) -> "Interrupt":
-        self.asked = 0
+        self.asked, self.patience = 0, 0.0
         self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
         return self
 
     def handle(self, number: int, _) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() > self.patience:
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = number
+        # torchrun sends the terminal's Ctrl-C once more
+        self.patience = time.monotonic() + (5 if "WORLD_SIZE" in os.environ else 0)
         print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
 
     def __exit__(self, *_) -> None:
@@ -56,6 +62,9 @@ def run(main: Callable[[], int | None], less_memory: str = TRAIN_WITH_LESS) -> N
         detail = ". ".join(str(error).splitlines()[0].split(". ")[1:3])  # how much was tried, how large the GPU is
         words = f"CUDA out of memory ({detail}); {less_memory}"
     except RuntimeError as error:
+        if "closed by peer" in str(error) or "reset by peer" in str(error):
+            print("error: another process has ended; see what it says, and continue with --resume", file=sys.stderr)
+            sys.exit(1)
         if "DefaultCPUAllocator" not in str(error):
             raise
         words = f"out of memory ({str(error).split('] ')[-1].splitlines()[0]}); {less_memory}"

@@ -14,6 +14,8 @@ class Recipe:
     rollout_steps: int                      # K: solver steps of the student's rollout (Eq. 3)
     steps: int                              # optimizer steps
     lr: float
+    full_steps: int                         # the same two with --tune full
+    full_lr: float
     rank: int
     alpha: float
     ema: float                              # m of thetabar <- m thetabar + (1 - m) theta
@@ -36,6 +38,7 @@ class Recipe:
 
 # Z-Image-Turbo: the values of the official release (effective batch 4, K = 4 on the grid 1, .9, .75, .5, x0 loss).
 TURBO = Recipe("Z-Image-Turbo's official values", size=1024, inference_steps=8, rollout_steps=4, steps=2000, lr=1e-4,
+               full_steps=2000, full_lr=1e-5,   # these two are ours, untested
                rank=64, alpha=128, ema=0.9999, loss="x0", batch_size=1, accumulate=4,
                keep="none", keep_edits="none", keep_weight=1.0, grad_states=None, save_every=100, sample_every=100,
                teacher_context="vlm", vlm="Qwen/Qwen3-VL-4B-Instruct", image_pixels=(512 * 512, 768 * 768),
@@ -48,8 +51,8 @@ FLUX2 = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4,
 # Small models: fewer steps, so a faster EMA. Where other captions are kept, two pictures and one learned state a batch
 # are enough, at a learning rate that would spoil other prompts without. Found on three concepts apart: "How the recipe
 # was found" in experiments/README.md.
-SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=2e-3, rank=16, alpha=16,
-               ema=0.999, loss="x0", batch_size=2, accumulate=1,
+SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=2e-3,
+               full_steps=300, full_lr=1e-4, rank=16, alpha=16, ema=0.999, loss="x0", batch_size=2, accumulate=1,
                keep=str(ROOT / "examples" / "ordinary"), keep_edits=str(ROOT / "examples" / "edits"), keep_weight=2.0,
                grad_states=1, save_every=20, sample_every=25,
                teacher_context="vlm", vlm="vlm", image_pixels=None,

@@ -21,16 +21,18 @@ from lora import Tuned
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_ours, keep_json_lines, open_safetensors,
                             read_json, real, write_json, write_tensors)
-from plumbing.machine import in_words, peak_memory_gb, training_gb
+from plumbing.full import Full
+from plumbing.machine import disk_gb, in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
-from plumbing.train_options import UNTUNED, names_of
+from plumbing.team import ALONE, Team, put, whole
+from plumbing.train_options import FULL, ONLY_LORA, UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
         "device", "data", "keep", "caption", "save_all")
 STATE = "state.safetensors"
-TRAINED = (STATE, "student.safetensors", "teacher.safetensors")
+TRAINED = (STATE, "student.safetensors", "teacher.safetensors", "student", "teacher")
 
 
 def out_folder(cfg) -> Path:
@@ -38,7 +40,7 @@ def out_folder(cfg) -> Path:
     return Path(cfg.out or Path("out") / "+".join(names_of(cfg.data)))
 
 
-def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
+def open_run(cfg, out: Path, fingerprint: dict[str, str], processes: int) -> None:
     """Check that `out` can become a run of these options, or is one to resume. Raises InputError; writes nothing."""
     if real(out) in map(real, cfg.data):
         raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
@@ -50,13 +52,21 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str]) -> None:
                              "with another --out")
         config = read_json(out / "config.json", "options")
         before = in_todays_words(config["options"])
+        if (earlier := config.get("processes", 1)) != processes:        # may share the same batches in another way
+            batches, now = before["accumulate"] * earlier, cfg.accumulate * processes
+            if batches != now:
+                way = f"give --accumulate {batches // processes}" if batches % processes == 0 else \
+                    f"which {processes} processes cannot share evenly, so take another number of them"
+                raise InputError(f"--resume: --accumulate {cfg.accumulate} in {processes} processes is {now} batches "
+                                 f"in a step, the run has {batches}; {way}, or start a new run with another --out")
+            before["accumulate"] = cfg.accumulate
         for name, value in dataclasses.asdict(cfg).items():
             if name not in FREE and plain(before.get(name, value)) != plain(value):
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}; "
                                  "give the same value, or start a new run with another --out")
-        known = config.get("data")
-        if differs := [what for what, value in fingerprint.items()
-                       if not isinstance(known, dict) or known.get(what) != value]:
+        known = config.get("data")                                      # of an earlier version one hash, which tells
+        if differs := [what for what, value in fingerprint.items() if not isinstance(known, str)    # nothing any more
+                       and (known if isinstance(known, dict) else {}).get(what) != value]:
             raise InputError(f"--resume: {' and '.join(differs)} are not those that this run began with (--data "
                              f"{', '.join(cfg.data)}); restore them, or start a new run with another --out")
         return
@@ -76,8 +86,11 @@ def plain(value):
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the system lets go of it however this one ends. Raises InputError."""
+def alone(out: Path, team: Team = ALONE) -> Iterator[None]:
+    """Keep other runs out of a run's folder; the system lets go of it however this one ends. Raises InputError."""
+    if not team.is_first:
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
@@ -103,9 +116,10 @@ def in_todays_words(options: dict) -> dict:
 class Run:
     """A run between two steps: what is tuned, its optimizer, the number of steps done, and where all this is kept."""
 
-    def __init__(self, cfg, out: Path, tuned: Tuned, with_teacher: bool) -> None:
+    def __init__(self, cfg, out: Path, tuned: Tuned | Full, with_teacher: bool) -> None:
         """with_teacher: whether the teacher's adapter is worth a file of its own."""
-        self.cfg, self.out, self.tuned, self.with_teacher, self.step = cfg, out, tuned, with_teacher, 0
+        self.cfg, self.out, self.tuned, self.team = cfg, out, tuned, tuned.team
+        self.with_teacher, self.step = with_teacher, 0
         self.recent, self.lowest = deque[float](maxlen=20), math.inf    # losses, and the least that their mean was
         self.optimizer = torch.optim.AdamW(tuned.parameters().values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=0.0)
@@ -115,11 +129,13 @@ class Run:
         state = self.tuned.state()
         for name, parameter in self.tuned.parameters().items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        state = {name: whole(tensor.detach()).cpu() for name, tensor in state.items()}     # every process asks for all
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "quantize": self.cfg.quantize,
                  "step": str(self.step)}
         for folder in [self.out] + [self.out / f"step_{self.step:06d}"] * self.cfg.save_all:
             self.tuned.save(folder, facts, self.with_teacher)
-        write_tensors(self.out / STATE, state, {"step": str(self.step)})
+        if self.team.is_first:
+            write_tensors(self.out / STATE, state, {"step": str(self.step)})
 
     @contextmanager
     def saved_on_errors(self) -> Iterator[None]:
@@ -127,7 +143,7 @@ class Run:
         try:
             yield
         except Exception:
-            if self.step:
+            if self.step and self.tuned.walkers == 1:                   # else it takes all processes to save
                 with suppress(InputError):                              # what went wrong first is what is told
                     self.save()
             raise
@@ -154,13 +170,16 @@ class Run:
             print(f"note: the run in {self.out} has done its {self.step} steps; a larger --steps goes on")
         self.tuned.load_state(state)
         for name, parameter in self.tuned.parameters().items():
-            self.optimizer.state[parameter] = {key: state[f"adam.{name}.{key}"].to("cpu" if key == "step" else
-                                                                                   parameter.device)
-                                               for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            for key, moment in moments.items():
+                put(moment, state[f"adam.{name}.{key}"])
+            self.optimizer.state[parameter] = {"step": state[f"adam.{name}.step"], **moments}
 
     def log(self, loss: float, losses: dict[str, float], norm: float, seconds: float) -> str:
         """One more line of metrics.jsonl; returns the same for people. losses: of each task, of which `loss` is the
         weighted mean."""
+        if not self.team.is_first:
+            return ""
         self.watch(loss)
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
         append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
@@ -185,28 +204,30 @@ class Run:
 
     def begin(self, recipe: str, data: dict[str, str]) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
-        keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
-        write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg), "data": data,
-                                              **provenance()})
+        if self.team.is_first:
+            keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
+            write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
+                                                  "data": data, "processes": self.team.size, **provenance()})
 
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
     """What the run is about to do. tasks: of train.py."""
     shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
-    trained = sum(tensor.numel() for tensor in run.tuned.parameters().values())
-    memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model)
+    memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model, run.team.size)
     print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {in_words(memory)}"
           f"{', blocks recomputed' * cfg.checkpointing}")
-    values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None]
+    values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None
+              and not (cfg.tune == FULL and name in ONLY_LORA)]
     print(f"recipe   {recipe.name}: {', '.join(values)}")
-    print(f"trained  {trained:,} LoRA parameters in {len(run.tuned.theta.weights)} layers")
+    print(f"trained  {run.tuned}" + f", in {run.team.size} processes" * (not run.team.is_alone))
     for task in tasks:
         buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
                             for (height, width, sources), count in task.dataset.buckets.items())
         name = f" of {task.name}" if len(tasks) > 1 else ""
         what = "images  " if task.dataset.examples[0].row.image else "captions"
         print(f"{what} {len(task.dataset.examples)}{name}: {buckets}")
-    print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}", flush=True)
+    disk = in_words(disk_gb(cfg, getattr(torch, cfg.dtype), run.tuned.model))
+    print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}, up to {disk} on disk", flush=True)
 
 
 def provenance() -> dict:

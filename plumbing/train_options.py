@@ -19,6 +19,8 @@ OUTPUT, MACHINE = "output", "machine"
 TARGET = "image"      # in the place of a teacher's file: the run's own teacher, which is shown the target image
 UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
 NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the name of its task
+LORA, FULL = "lora", "full"     # the values of --tune
+ONLY_LORA = ("rank", "alpha", "teacher_lora", "quantize", "compile")    # options that --tune full does not combine with
 PRIOR = "dreambooth"            # the baseline that cannot do without --keep
 LEAST = {"size": 1, "steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "beta": 0,
          "save_every": 1, "sample_every": 0, "lr": 0, "grad_states": 1, "noise": 0, "keep_weight": 0, "keep_batches": 1}
@@ -46,6 +48,8 @@ class Options:
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
     teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
                                   choices=("vlm", "reference"))
+    tune: str = option(LORA, "what is trained: lora, or full, all weights of the transformer", METHOD,
+                       choices=(LORA, FULL))
     teacher_weights: str = option("ema", "the teacher's weights: ema of the student's, a live copy of them, or frozen "
                                   "as they were", METHOD, choices=("ema", "copy", "frozen"),
                                   old={"--teacher": "--teacher-weights", "base": "frozen"})
@@ -105,6 +109,10 @@ def check_values(cfg: Options, method: "Method") -> None:
                          f"{cfg.method}; leave it out")
     if not all(prompt.strip() for prompt in cfg.panel_prompt):
         raise InputError("--panel-prompt: empty; write what the picture shows")
+    for name in ONLY_LORA if cfg.tune == FULL else ():
+        if getattr(cfg, name) != getattr(Options(cfg.data), name):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: belongs to --tune lora; with --tune "
+                             "full, which takes every other option, leave it out")
     teachers = cfg.teacher_lora
     if teachers and len(teachers) != len(cfg.data):
         raise InputError(f"--teacher-lora: {len(teachers)} for {len(cfg.data)} --data; give one for each, a file or "
@@ -147,6 +155,8 @@ def what_is_kept(cfg: Options, recipe: Recipe, edits: bool) -> Recipe:
     keep = NONE if cfg.keep is None else cfg.keep
     if keeps_by_default(cfg):
         keep = recipe.keep_edits if edits else recipe.keep
+    if cfg.tune == FULL:
+        recipe = replace(recipe, lr=recipe.full_lr, steps=recipe.full_steps)
     return replace(recipe, keep=keep, grad_states=None if keep == NONE else recipe.grad_states)
 
 

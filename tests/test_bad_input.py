@@ -313,7 +313,7 @@ def test_a_transformer_that_draws_nothing_finite(place, monkeypatch):
     velocity = ZImageTransformer.velocity
     monkeypatch.setattr(ZImageTransformer, "velocity", lambda *given: velocity(*given) * float("nan"))
     refused(place, sample.main, sample_words(place, "--prompt", "a red star"),
-            ("--model: with no adapter", "not finite", "--dtype float32"))
+            ("--model: the base draws", "not finite", "--dtype float32"))
 
 
 def test_earlier_spellings_still_work(place):

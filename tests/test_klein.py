@@ -334,7 +334,8 @@ def test_weights_must_fit_the_gpu(place, klein, pipeline, monkeypatch, capsys):
         with pytest.raises(InputError, match=f"{klein}: needs about .* GB, cuda has .* GB free"):
             check(sample.Options(), klein, cuda, lambda _: need)
     for program, words in ((train, train_words(place)), (sample, sample_words(place, "--prompt", "a red star"))):
-        monkeypatch.setattr(program, "check_memory", lambda cfg, folder, _, needed: check(cfg, folder, cuda, needed))
+        where = machine if program is train else sample
+        monkeypatch.setattr(where, "check_memory", lambda cfg, folder, _, needed: check(cfg, folder, cuda, needed))
         refused(place, program.main, words, ("ROOT/model", "GB", "free", "larger machine"))
     monkeypatch.setattr("sys.argv", ["train.py", *train_words(place)])
     with pytest.raises(SystemExit) as caught:

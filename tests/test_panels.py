@@ -1,4 +1,6 @@
 """The panels of a training run: when they are drawn, and that each cell is what sample.py draws."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -100,12 +102,16 @@ def test_a_panel_by_itself(checkpoint, tmp_path, monkeypatch):
     student, teacher = (zimage.Context(torch.randn(9, 128, generator=draw)) for _ in range(2))
     target = Image.new("RGB", (32, 32), "red")
     rows = [PanelRow(prompt, image, student, teacher, (32, 32)) for prompt, image in (("one", target), ("two", None))]
-    panels, drawn = Panels(checkpoint, net, lambda *_: 3.0, 2, 5, rows), []
+    panels, drawn = Panels(checkpoint, torch.device("cpu"), lambda *_: 3.0, 2, 5, rows), []
     monkeypatch.setattr("plumbing.panels.draw", lambda *given: drawn.append(given[-1]) or sample.draw(*given))
-    first, second = (fill_b(lora.create(net, 2, 2, 0), seed) for seed in (1, 2))
+    base, first, second = (partial(lora.velocity_of, net, adapter=seed and fill_b(lora.create(net, 2, 2, 0), seed))
+                           for seed in (None, 1, 2))
+    panels.draw_base(base)
     panels.draw(tmp_path / "1.png", "a note", first, first, {"another": second})
     panels.draw(tmp_path / "2.png", "a note", second, None)
-    assert drawn == [None, None, first, first, first, first, second, second, second, second]      # each row by itself
+    panels.draw(tmp_path / "3.png", "a note", second, None, writes=False)
+    names = ["base", "student", "teacher", "another", "student", "student"]
+    assert drawn == [name for name in names for _ in rows] and not (tmp_path / "3.png").exists()   # each row by itself
     text = Image.open(tmp_path / "1.png").text
     assert {"prompt": "one\ntwo", "seed": "5", "steps": "2", "lora": "a note"}.items() <= text.items()
     (wide, narrow) = (tiles(pixels(tmp_path / f"{i}.png"), columns, 2, (32, 32)) for i, columns in ((1, 5), (2, 3)))
@@ -122,8 +128,10 @@ def test_pictures_that_a_panel_shrinks_are_beside_it(checkpoint, tmp_path):
     context = zimage.Context(torch.randn(9, 128, generator=torch.Generator().manual_seed(1)))
     shapes = [(8, 320), (16, 328), (32, 32), (8, 328)]
     rows = [PanelRow(f"prompt {i}", None, context, context, shape) for i, shape in enumerate(shapes, 1)]
-    student = fill_b(lora.create(net, 2, 2, 0), 1)
-    Panels(checkpoint, net, lambda *_: 3.0, 1, 5, rows).draw(tmp_path / "step_000100.png", "a note", student, None)
+    student = partial(lora.velocity_of, net, adapter=fill_b(lora.create(net, 2, 2, 0), 1))
+    panels = Panels(checkpoint, torch.device("cpu"), lambda *_: 3.0, 1, 5, rows)
+    panels.draw_base(student)
+    panels.draw(tmp_path / "step_000100.png", "a note", student, None)
     names = [path.name for path in sorted(tmp_path.iterdir())]
     assert names == ["step_000100.png", "step_000100_2.png", "step_000100_4.png"]
     sheet = pixels(tmp_path / "step_000100.png")

@@ -51,7 +51,7 @@ def test_attention_counts_and_is_not_kept_as_a_square():
     ("klein-4b", {"num_layers": 1, "num_single_layers": 1}, {"size": 768, "rank": 16, "quantize": "int8"}),
 ])
 def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers, options, monkeypatch):
-    """At the true width, with few blocks, where what it does not know weighs most: weights + `step_gb`, within 10 %."""
+    """At the true width, with few blocks, where what it does not know weighs most: within 10 %."""
     text, context = (PROMPT, "vlm") if backbone == "zimage" else (PADDED, "reference")
     monkeypatch.setattr(machine, "TEXT", text)                          # of the simulation's prompt
     monkeypatch.setattr(machine, "pixels_per_patch", lambda folder: 16)
@@ -63,8 +63,9 @@ def test_the_formula_of_check_memory_is_that_of_the_simulation(backbone, layers,
         program.gradient(Grid([1.0, 0.9, 0.75, 0.5, 0.0]), [0])
         program.update()
         weights = sum(p.untyped_storage().nbytes() for p in program.model.parameters())
-        said = weights / GIB + machine.step_gb(SimpleNamespace(**vars(cfg), teacher_context=context), None, BF16,
-                                               program.model)
+        given = SimpleNamespace(**vars(cfg), teacher_context=context)
+        said = weights / GIB + machine.trained_gb(given, BF16, program.model, 1) \
+            + machine.step_gb(given, None, BF16, program.model)
     print(backbone, options, f"simulated {live.peak / GIB:.2f}, formula {said:.2f}, of it weights {weights / GIB:.2f}")
     assert 0.9 < said / (live.peak / GIB) < 1.1
 

@@ -531,7 +531,7 @@ def test_two_starts_of_one_run(run, tmp_path, monkeypatch):
     def late(*parts):
         monkeypatch.setattr(train, "load", load)
         with monkeypatch.context() as patch:
-            patch.setattr(train, "alone", contextlib.nullcontext)
+            patch.setattr(train, "alone", lambda *_: contextlib.nullcontext())
             run("twice", "--steps", 1)
         return load(*parts)
     monkeypatch.setattr(train, "load", late)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import data
 import lora
 import train
+from plumbing import lora_files
 from rollout import sigma_grid
 
 
@@ -43,7 +44,7 @@ def loss_of(parts, task, rng, K: int, kind: str, a: float) -> torch.Tensor:
     x, terms = torch.randn(batch.latents.shape, generator=rng), []
     for sigma, following in zip(sigmas, sigmas[1:]):
         v = parts.model.velocity(x, sigma, batch.student_context, parts.run.tuned.theta)
-        goal = parts.model.velocity(x, sigma, batch.student_context, task.adapter).detach()
+        goal = task.teacher(batch.student_context)(x, sigma).detach()
         d, below = following - sigma, following if sigma == 1 else sigma
         g = a * (sigma / (1 - below)) ** .5
         means = [(1 + g * g * d / (2 * sigma)) * x + (1 + g * g * (1 - sigma) / (2 * sigma)) * u * d for u in (v, goal)]
@@ -80,8 +81,8 @@ def test_a_round_is_the_mean_over_tasks(prepare, photos, captions, teachers, kin
 
 def test_each_task_is_logged_and_the_panel_has_its_teachers(run, photos, captions, teachers, monkeypatch):
     seen, save = [], train.Panels.draw
-    monkeypatch.setattr(train.Panels, "draw", lambda self, path, note, student, teacher, others: seen.append(
-        (teacher, list(others), len(self.rows))) or save(self, path, note, student, teacher, others))
+    monkeypatch.setattr(train.Panels, "draw", lambda self, path, note, student, teacher, others, writes: seen.append(
+        (teacher, list(others), len(self.rows))) or save(self, path, note, student, teacher, others, writes))
     out = run("merged", *two(photos, captions, teachers), "--steps", 2, "--sample-every", 2)
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         assert list(line["losses"]) == ["photos", "captions"]
@@ -108,11 +109,12 @@ def test_resume_with_noise_and_teachers_is_the_same_run(run, photos, captions, t
 def test_an_image_teacher_beside_an_adapter(prepare, photos, captions, teachers):
     parts = prepare("--data", photos, captions, "--teacher-lora", "image", teachers[1])
     first, second = parts.tasks
-    assert first.adapter is None and second.adapter.rank == 2
+    assert first.teacher is None
+    adapter = lora_files.load(teachers[1], parts.model)
     batch = second.dataset.batch(0)
     assert len(first.dataset.batch(0).teacher_context) == 2 and batch.teacher_context == []
     given = train.bind(parts.cfg, parts.run.tuned, second, 0, parts.shift_of)
-    expected = parts.model.velocity(given["x"], 0.9, batch.student_context, second.adapter)
+    expected = parts.model.velocity(given["x"], 0.9, batch.student_context, adapter)
     assert torch.equal(given["teacher"](given["x"], 0.9), expected)
     assert not torch.allclose(expected, parts.model.velocity(given["x"], 0.9, batch.student_context))
 
@@ -125,7 +127,7 @@ def test_the_untuned_model_as_a_teacher(prepare, photos, captions):
     given = train.bind(parts.cfg, parts.run.tuned, second, 0, parts.shift_of)
     x = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
     untuned = parts.model.velocity(x, start, batch.student_context)
-    assert first.adapter is None and torch.equal(given["teacher"](x, start), untuned)
+    assert first.teacher is None and torch.equal(given["teacher"](x, start), untuned)
     assert not torch.allclose(given["student"](x, start), untuned)
     losses = train.gradient_of_step(parts.cfg, parts.run, [second], parts.shift_of)
     assert losses["captions"] > 0                                       # it pulls the student back

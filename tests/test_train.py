@@ -34,6 +34,7 @@ from networks import vae
 from plumbing import encoder_files, lora_files, recipes
 from plumbing.backbone import Backbone
 from plumbing.options import parse
+from plumbing.team import ALONE
 from rollout import sigma_grid
 
 STATE = "state.safetensors"
@@ -355,7 +356,8 @@ def test_one_graph_alive_in_a_whole_step(monkeypatch, method, at_once):
                 sum(train.METHODS[method](**given)).backward()
             else:
                 monkeypatch.setattr(train, "bind", lambda *_: given)
-                cfg, run = SimpleNamespace(accumulate=1, method=method), SimpleNamespace(step=0, tuned=tuned)
+                cfg = SimpleNamespace(accumulate=1, method=method)
+                run = SimpleNamespace(step=0, tuned=tuned, team=ALONE)
                 train.gradient_of_step(cfg, run, [train.Task("a", None, None, method=train.METHODS[method])], None)
         assert ledger.held == 0 and len(ledger.before) == K
         assert any(ledger.before) == (at_once and K > 1)                    # before a forward pass nothing is held
@@ -377,7 +379,7 @@ def test_the_gradient_does_not_wait_for_the_gpu(monkeypatch, method):
                      rng=None)
         monkeypatch.setattr(train, "bind", lambda *_: given)
         tasks = [train.Task(name, None, None, method=train.METHODS[method]) for name in "ab"]
-        run = SimpleNamespace(step=0, tuned=tuned)
+        run = SimpleNamespace(step=0, tuned=tuned, team=ALONE)
         losses = train.gradient_of_step(SimpleNamespace(accumulate=2), run, tasks, None)
         assert all(tensor.grad is not None for tensor in tuned.theta.parameters())
         with pytest.raises(DataDependentOutputException):
