@@ -1,6 +1,7 @@
-"""curves.png and panel.png. Needs matplotlib, which is imported here and nowhere else."""
+"""curves.png and panel.png."""
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -8,57 +9,23 @@ from PIL import Image
 from tiny.concepts import firsts
 from experiments.measure import picture_file
 from experiments.protocol import BASE, TEACHER, TITLES
-from experiments.report import DRAWN, Report
-from plumbing.files import InputError, check_writable
+from experiments.report import Report, means_of
+from plumbing.files import InputError
 from plumbing.pictures import panel, save_png
+from tiny.plots import plot
 from tiny.world import SIDE
 
 LABELS = {"concept": "concept fidelity", "ordinary": "ordinary accuracy", "ordinary, decided": "marks decided"}
 
 
-def pyplot(path: Path):
-    """matplotlib.pyplot, without windows; or None and a warning that there will be no figure `path`."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"warning: no {path.name}, matplotlib is missing; pip install -r requirements-dev.txt", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def draw_curves(report: Report, path: Path) -> list[Path]:
-    """Ablations: a column of axes for each, a row for each measure; means over the concepts of the curves.
-    Returns what was written: nothing if no curve was measured. Raises InputError."""
-    plt = pyplot(path)
-    if plt is None:
-        return []
-    figures, drawn = report.plan.ablations(), False
-    figure, axes = plt.subplots(len(DRAWN), len(figures), figsize=(5 * len(figures), 2.6 * len(DRAWN)), sharex=True,
-                                sharey="row", squeeze=False, layout="constrained")
-    for column, (title, curves) in enumerate(figures.items()):
-        axes[0, column].set_title(f"{'ab'[column]}) {title}")
-        axes[-1, column].set_xlabel("optimizer steps")
-        for axis, measure in zip(axes[:, column], DRAWN):
-            axis.grid(alpha=0.3)
-            axis.set_ylabel(LABELS[measure] if column == 0 else "")
-            for number, (label, curve) in enumerate(curves.items()):
-                means = {step: mean for step, asked in curve.items()
-                         if (mean := report.mean(asked, measure)) is not None}
-                if len(means) > 1:                                  # step 0 is the base: alone it is no curve
-                    drawn = True
-                    axis.plot(*zip(*means.items()), marker="o", markersize=3, color=f"C{number}", label=label)
-            goal = report.mean(report.plan.reference(TEACHER, report.plan.curve_concepts), measure)
-            if goal is not None:
-                axis.axhline(goal, linestyle="--", color="gray", label=TEACHER)
-        if axes[0, column].get_legend_handles_labels()[1]:
-            axes[0, column].legend(fontsize=8)
-    if drawn:
-        check_writable(path.parent, str(path.parent))
-        figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return [path] if drawn else []
+    """Ablations; means over the concepts of the curves. Returns what was written. Raises InputError."""
+    means = partial(means_of, report.results, names=LABELS)
+    figures = {f"{letter}) {title}": {label: {step: means(asked) for step, asked in curve.items()}
+                                      for label, curve in curves.items()}
+               for letter, (title, curves) in zip("ab", report.plan.ablations().items())}
+    goal = means(report.plan.reference(TEACHER, report.plan.curve_concepts))
+    return plot(path, figures, LABELS, dict.fromkeys(figures, goal))
 
 
 def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:

@@ -26,19 +26,18 @@ from pathlib import Path
 import data
 import lora
 from experiments.protocol import BASE, GRADIENT_PASS, Job, Measurement, Training, cost_of, left
-from experiments.report import markdown, with_spread
 from experiments.results import Results, facts_of, fingerprint
-from experiments.runner import STUDENT, Laboratory, exit_status, perform, results_folder
+from experiments.runner import STUDENT, Laboratory, exit_status, perform, program_of
 from plumbing import lora_files
-from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
+from plumbing.checkpoints import EMBEDDED, recipe_of
 from plumbing.files import check_writable, write_bytes
-from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from plumbing.recipes import Recipe
 from plumbing.train_options import NONE
 from train import METHODS
 from tiny import concepts as drawing
 from tiny.adapters import combined
+from tiny.comparison import markdown, with_spread
 from tiny.concepts import Concept
 from tiny.score import Judge, Prompts, named_captions, named_prompts, of_concept, of_ordinary, ordinary_prompts
 from tiny.world import COLUMN, Renderer
@@ -57,15 +56,6 @@ ROWS = {  # label -> method, options of train.py where they differ from the reci
     "merged, KL, SDE a = .3": ("dopsd", (("loss", "kl"), ("noise", 0.3))),
     "merged, KL, SDE a = .7": ("dopsd", (("loss", "kl"), ("noise", 0.7))),
 }
-
-
-@dataclass
-class Options:
-    quick: bool = option(False, "one seed, few steps and prompts: a first look")
-    report: bool = option(False, "run nothing: the table of the results that are there")
-    workers: int = option(1, "number of processes, each with one thread")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
-    out: str | None = option(None, "folder of results (default: experiments/results, with --quick out/quick-merge)")
 
 
 @dataclass(frozen=True)
@@ -238,12 +228,7 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(Options, argv, "Several adapters into one: added, averaged, distilled; on the embedded model.")
-    out = results_folder(options, "merge")
-    if options.report:
-        write_table(Results(out / "merge.jsonl"), out)
-        return 0
-    return run(QUICK if options.quick else FULL, out, options.workers, model_folder(options.model))
+    return program_of("merge", __doc__.splitlines()[0], FULL, QUICK, run, write_table, argv)
 
 
 if __name__ == "__main__":

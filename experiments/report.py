@@ -10,9 +10,8 @@ from experiments.measure import MEASURES
 from experiments.protocol import (BASE, GRADIENT_PASS, TEACHER, TITLES, VALIDATION, Curve, Measurement, Plan,
                                   Settings, Training)
 from experiments.results import Results, choose_rates, score_of_rate
-from tiny.comparison import mean_and_spread, paired
+from tiny.comparison import NOT_RUN, markdown, paired, with_spread
 
-NOT_RUN = "not run"
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
 DRAWN = COMPARED[:3]                                                # what curves show
 LOST = COMPARED[1:3]                                                # what shall stay as the untuned model has it
@@ -60,9 +59,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def mean(self, asked: Iterable[Measurement], measure: str = "concept") -> float | None:
-        """Of those that were made."""
-        values = values_of(self.results.of(asked), measure)
-        return fmean(values) if values else None
+        return means_of(self.results, asked, [measure]).get(measure)
 
     def triple(self, asked: Iterable[Measurement]) -> str:
         """Means of what curves show; the teacher's view has the concept alone, as it has no ordinary prompts."""
@@ -197,20 +194,18 @@ def values_of(lines: list[dict], name: str) -> list[float]:
     return [found[name] for found in ({**line, **line["measures"]} for line in lines) if name in found]
 
 
+def means_of(results: Results, asked: Iterable[Measurement], names: Iterable[str]) -> dict[str, float]:
+    """Of those that were made."""
+    columns = {name: values_of(results.of(asked), name) for name in names}
+    return {name: fmean(values) for name, values in columns.items() if values}
+
+
 def cells(lines: list[dict], names: Sequence[str], form: str = "{:.3f}", spread: bool = True) -> list[str]:
     """Mean ± standard deviation, or the mean alone, of each of `names`; empty where lines do not have it."""
     columns = [values_of(lines, name) for name in names]
     if not spread:
         columns = [[fmean(values)] if values else [] for values in columns]
     return [with_spread(values, form) if values or not lines else "" for values in columns]
-
-
-def with_spread(values: list[float], form: str = "{:.3f}") -> str:
-    """Mean ± standard deviation; a single value has none."""
-    if not values:
-        return NOT_RUN
-    mean, spread = mean_and_spread(values)
-    return form.format(mean) + (f" ± {form.replace('+', '').format(spread)}" if len(values) > 1 else "")
 
 
 def minus(ours: list[dict], theirs: list[dict], names: Sequence[str]) -> list[dict]:
@@ -226,7 +221,3 @@ def compared(ours: list[dict], theirs: list[dict], names: Sequence[str] = COMPAR
     ours, theirs = ([{**line, "measures": {**line, **line["measures"]}} for line in side] for side in (ours, theirs))
     found = [paired(ours, theirs, name) for name in names]
     return [*(str(test or NOT_RUN) for test in found), str(found[0].count if found[0] else 0)]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +21,25 @@ from experiments.protocol import Job, Training
 from experiments.report import DRAWN
 from experiments.results import Results, line_of
 from plumbing import files, lora_files
+from plumbing.checkpoints import model_folder
 from plumbing.files import ROOT, InputError
+from plumbing.options import option, parse
 from tiny.processes import work
 from plumbing.run_folder import STATE
 from plumbing.train_options import NONE
 from tiny.score import Judge
 
 STUDENT = "student.safetensors"     # what train.py makes
+
+
+@dataclass
+class Options:
+    """Of the smaller experiments."""
+    quick: bool = option(False, "one seed, few steps and prompts: a first look")
+    report: bool = option(False, "run nothing: the table of the results that are there")
+    workers: int = option(1, "number of processes, each with one thread")
+    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
+    out: str | None = option(None, "folder of results (default: experiments/results, with --quick a folder in out/)")
 
 
 class Laboratory:
@@ -59,15 +72,23 @@ class Laboratory:
         if folder.exists() and (max(saved) > step or not saved_step(folder / STATE)):   # lost its measurement, or was
             shutil.rmtree(folder)                                                       # killed early: start anew
         if saved != {step}:
-            words = [*job.words, "--model", str(self.model), "--out", str(folder), "--cache", str(self.cache),
-                     *train_words(job.training, step), *(["--resume"] if saved_step(folder / STATE) else [])]
-            folder.mkdir(parents=True, exist_ok=True)
-            with (open(self.log(job), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
-                if train.main(words) == 130:
-                    raise KeyboardInterrupt
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return (sum(line["seconds"] for line in lines if line["step"] <= step),
-                lora_files.load(folder / STUDENT, self.judge.net))
+            self.start(job, step, *(["--resume"] if saved_step(folder / STATE) else []))
+        return self.seconds(job, step), lora_files.load(folder / STUDENT, self.judge.net)
+
+    def start(self, job: Job, step: int, *flags: str) -> None:
+        """train.py until `step`."""
+        folder = self.runs / job.training.name
+        words = ["--model", str(self.model), "--out", str(folder), "--cache", str(self.cache),
+                 *train_words(job.training, step), *job.words, *flags]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (open(self.log(job), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+            if train.main(words) == 130:
+                raise KeyboardInterrupt
+
+    def seconds(self, job: Job, step: int) -> float:
+        """That all optimizer steps until `step` took."""
+        lines = map(json.loads, (self.runs / job.training.name / "metrics.jsonl").read_text().splitlines())
+        return sum(line["seconds"] for line in lines if line["step"] <= step)
 
 
 def train_words(training: Training, step: int) -> list[str]:
@@ -117,3 +138,14 @@ def results_folder(options, name: str) -> Path:
         raise InputError(f"--workers {options.workers}: no process to work in; give 1 or more")
     default = ROOT / "out" / f"quick-{name}" if options.quick else ROOT / "experiments" / "results"
     return Path(options.out or default)
+
+
+def program_of(name: str, about: str, whole, quick, run: Callable, write: Callable, argv: list[str] | None) -> int:
+    """A smaller experiment; the exit status. whole, quick: settings. run(settings, out, workers, model) measures,
+    write(results, out) makes the tables of NAME.jsonl."""
+    options = parse(Options, argv, about)
+    out = results_folder(options, name)
+    if options.report:
+        write(Results(out / f"{name}.jsonl"), out)
+        return 0
+    return run(quick if options.quick else whole, out, options.workers, model_folder(options.model))

@@ -35,13 +35,13 @@ from torch import Tensor
 
 import data
 import lora
-from experiments.report import markdown
 from plumbing import lora_files
 from plumbing.checkpoints import model_folder, recipe_of, shift_rule
 from plumbing.files import InputError, check_writable, write_bytes, write_json
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from rollout import coefficients, rollout, sigma_grid, transition
+from tiny.comparison import markdown
 from tiny.score import Judge
 
 ESTIMATES = ("closed form", "score function", "score function with a baseline")

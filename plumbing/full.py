@@ -71,6 +71,8 @@ class Full:
 
     def clip_(self, most: float) -> Tensor:
         """Clip the gradient's norm, and return what it was. Over processes, the backward pass has averaged it."""
+        for weight in self._theta.values():                             # a pad token that no batch needed has none
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         return whole(nn.utils.clip_grad_norm_(self._theta.values(), most))
 
     @torch.no_grad()
@@ -120,8 +122,7 @@ class Full:
 
 def split(sizes: dict[str, int], most: int = 5 * 2 ** 30) -> dict[str, list[str]]:
     """File -> names of its tensors, in diffusers' layout: files of at most `most` bytes. sizes: of the tensors."""
-    parts: list[list[str]] = [[]]
-    room = most
+    parts, room = list[list[str]]([[]]), most
     for name, size in sizes.items():
         if size > room and parts[-1]:
             parts.append([])

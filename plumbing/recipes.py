@@ -52,7 +52,7 @@ FLUX2 = replace(TURBO, name="FLUX.2-klein's official values", inference_steps=4,
 # are enough, at a learning rate that would spoil other prompts without. Found on three concepts apart: "How the recipe
 # was found" in experiments/README.md.
 SMALL = Recipe("embedded model", size=64, inference_steps=4, rollout_steps=4, steps=100, lr=2e-3,
-               full_steps=300, full_lr=1e-4, rank=16, alpha=16, ema=0.999, loss="x0", batch_size=2, accumulate=1,
+               full_steps=150, full_lr=1e-4, rank=16, alpha=16, ema=0.999, loss="x0", batch_size=2, accumulate=1,
                keep=str(ROOT / "examples" / "ordinary"), keep_edits=str(ROOT / "examples" / "edits"), keep_weight=2.0,
                grad_states=1, save_every=20, sample_every=25,
                teacher_context="vlm", vlm="vlm", image_pixels=None,

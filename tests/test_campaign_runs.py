@@ -157,7 +157,7 @@ RUNS = {  # attack: damage of the run's folder, the end of --resume --steps 3
     "config, no options": (lambda r: edit_json(r / CONFIG, options=None), refused(CONFIG, "options")),
     "config, a list of options": (lambda r: edit_json(r / CONFIG, options=[]), refused(CONFIG, "options")),
     "config, null for options": (lambda r: write(r / CONFIG, '{"options": null}'), refused(CONFIG, "options")),
-    "config, other data": (lambda r: edit_json(r / CONFIG, data="0"), refused("--resume", "data")),
+    "config, other data": (lambda r: edit_json(r / CONFIG, data={"images": "0"}), refused("--resume", "data")),
     "config, a list for data": (lambda r: edit_json(r / CONFIG, data=[1]), refused("--resume", "data")),
     "config, a number of teachers": (lambda r: options(r, teacher_lora=3), refused("teacher")),
     "config, null for teachers": (lambda r: options(r, teacher_lora=None), either("teacher")),

@@ -141,6 +141,17 @@ def test_resume_is_bit_for_bit(tune, tmp_path):
         tune("whole", "--steps", 1)
 
 
+def test_weights_that_no_batch_needs(tune, checkpoint):
+    """Tokens of a 64 pixel picture need no pad token, which then has no gradient; it is saved and resumed as it was."""
+    flags = ("--size", 64)
+    whole, parts = tune("whole", "--steps", 2, *flags), tune("parts", "--steps", 1, *flags)
+    tune("parts", "--steps", 2, "--resume", *flags)
+    a, b = (load_file(out / "state.safetensors") for out in (whole, parts))
+    assert not a["adam.x_pad_token.exp_avg"].any()
+    assert torch.equal(a["student.x_pad_token"], load_file(checkpoint / WEIGHTS)["x_pad_token"])
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_what_is_tuned_is_drawn(tune, base, checkpoint, tmp_path, capsys):
     """sample.py --transformer; a folder of the other kind is refused."""
     out = tune("run", "--steps", 2)

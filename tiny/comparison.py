@@ -5,12 +5,13 @@ mean difference then as large as the one seen, in either direction? experiments/
 """
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 FLIPS, RESAMPLES, SEED = 20_000, 10_000, 2605
+NOT_RUN = "not run"     # a cell that nobody measured
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,16 @@ def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired
         return None
     return Paired(len(differences), statistics.fmean(differences), *bootstrap(differences), sign_flip(differences),
                   sign_flip([statistics.fmean(ds) for ds in by_concept.values()]))
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def with_spread(values: list[float], form: str = "{:.3f}") -> str:
+    """Mean ± standard deviation; a single value has none."""
+    if not values:
+        return NOT_RUN
+    mean, spread = mean_and_spread(values)
+    return form.format(mean) + (f" ± {form.replace('+', '').format(spread)}" if len(values) > 1 else "")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
