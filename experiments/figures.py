@@ -12,7 +12,7 @@ from experiments.protocol import BASE, TEACHER, TITLES
 from experiments.report import Report, means_of
 from plumbing.files import InputError
 from plumbing.pictures import panel, save_png
-from tiny.plots import plot
+from experiments.plots import plot
 from tiny.world import SIDE
 
 LABELS = {"concept": "concept fidelity", "ordinary": "ordinary accuracy", "ordinary, decided": "marks decided"}

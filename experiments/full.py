@@ -34,7 +34,7 @@ from plumbing.program import run as run_program
 from plumbing.train_options import NONE
 from tiny.comparison import NOT_RUN, markdown
 from tiny.concepts import ORDINARY
-from tiny.plots import plot
+from experiments.plots import plot
 from tiny.score import Judge
 from tiny.style_set import TRUE, StyleMeasures, StyleSet
 from tiny.world import Renderer

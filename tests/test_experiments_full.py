@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import data
-from experiments import full, runner
+from experiments import full, plots, runner
 from experiments.full import ALL, QUICK, ROWS, Plan, Settings
 from experiments.protocol import BASE, left
 from plumbing.checkpoints import recipe_of
 from plumbing.pictures import open_image, to_tensor
-from tiny import plots, style_set
+from tiny import style_set
 from tiny.score import Judge
 from tiny.style_set import StyleSet, frechet, styled_prompts
 from tiny.world import COLUMN, STYLE_ATTRIBUTES, held_out_object, held_out_style

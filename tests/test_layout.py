@@ -62,7 +62,7 @@ def test_the_whole_is_small():
 
 
 def test_the_experiments_are_small():
-    assert sum(len(lines(path)) for path in (ROOT / "experiments").glob("*.py")) <= 1660
+    assert sum(len(lines(path)) for path in (ROOT / "experiments").glob("*.py")) <= 1720
 
 
 def test_nothing_changes_the_import_path():
