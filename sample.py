@@ -164,8 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, backbone = recipe_of(folder), backbone_of(folder)
     cfg = replace(cfg, teacher_context=cfg.teacher_context or recipe.teacher_context)
     check_references(backbone, cfg.teacher_context, f"--source {cfg.source[0]}" if cfg.source else "")
-    multiple = pixels_per_patch(folder)
-    sources = [fit(open_image(path), multiple, recipe.size ** 2, path) for path in cfg.source]
+    sources = [fit(open_image(path), pixels_per_patch(folder), recipe.size ** 2, path) for path in cfg.source]
     width, height = sources[0].size if sources else (recipe.size, recipe.size)
     height, width = height if cfg.height is None else cfg.height, width if cfg.width is None else cfg.width
     shape, steps = latent_shape(folder, height, width), cfg.steps or recipe.inference_steps

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.plots import plot
 from experiments.protocol import BASE, TEACHER, Curve, Job, Measurement, Training, cost_of, left
 from experiments.report import cells, means_of
 from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint_of_captions, score_of_rate
@@ -34,7 +35,6 @@ from plumbing.program import run as run_program
 from plumbing.train_options import NONE
 from tiny.comparison import NOT_RUN, markdown
 from tiny.concepts import ORDINARY
-from experiments.plots import plot
 from tiny.score import Judge
 from tiny.style_set import TRUE, StyleMeasures, StyleSet
 from tiny.world import Renderer

@@ -37,6 +37,7 @@ class Transformer(Protocol):
     def lora_names(self) -> list[str]: ...                  # of the Linear layers that LoRA trains
     def adaptable_names(self) -> list[str]: ...             # of those that an adapter may change
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def get_parameter(self, target: str) -> nn.Parameter: ...
 
 
@@ -73,8 +74,7 @@ class Backbone:
         return model
 
     def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-             compile: bool = False, quantize: str = FLOAT,
-             transformer: str | None = None) -> Transformer:
+             compile: bool = False, quantize: str = FLOAT, transformer: str | None = None) -> Transformer:
         """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
         checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block; quantize:

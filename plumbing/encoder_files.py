@@ -31,12 +31,12 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.fl
     layers. Raises InputError.
     """
     style = style or backbone_of(folder).text_style
-    text_config, tokenizer = _text_parts(folder)
+    text_config, tokenizer = text_parts(folder)
     if min(style.layers(text_config.num_hidden_layers)) < 1:  # hidden state 0 is the embedding
         raise broken(folder / "text_encoder", f"num_hidden_layers {text_config.num_hidden_layers}, too few for the "
                      "features from inside a text encoder", OTHER)
     if vlm is not None:  # everything small is checked before gigabytes are read
-        vlm_folder = find_vlm(vlm, folder)
+        vlm_folder = find_vlm(vlm, text_config, tokenizer)
         vlm_config, image_processor = _vlm_parts(vlm_folder, text_config, tokenizer, teacher_rope, image_pixels)
         vision = vision_tensors(vlm_folder)
 
@@ -54,13 +54,13 @@ def load(folder: Path, device: torch.device | str, dtype: torch.dtype = torch.fl
     return Encoder(tokenizer, text, teacher, image_processor, style)
 
 
-def find_vlm(name: str | Path, checkpoint: Path) -> Path:
+def find_vlm(name: str | Path, text: Qwen3Config, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Folder of a VLM. From the hub come its configs, its index and the shards with vision tensors, nothing else.
 
-    Raises InputError, before the shards come, where it does not fit the text encoder of `checkpoint`.
+    text, tokenizer: of `text_parts`. Raises InputError, before the shards come, where the VLM does not fit them.
     """
     folder = files.checkpoint(str(name), "config.json", VLM_JSON)
-    _vlm_parts(folder, *_text_parts(checkpoint))
+    _vlm_parts(folder, text, tokenizer)
     wanted = {"*.safetensors"}                                          # a single file has no index
     if any(folder.glob(files.INDEX)):
         wanted = {file for tensor, file in files.listing(folder) if tensor.startswith(VISUAL)}
@@ -103,7 +103,7 @@ def _config(kind, path: Path, *keys: str):
     return _made(path, lambda: kind.from_dict(content))
 
 
-def _text_parts(folder: Path) -> tuple[Qwen3Config, PreTrainedTokenizerBase]:
+def text_parts(folder: Path) -> tuple[Qwen3Config, PreTrainedTokenizerBase]:
     """Config of the text encoder of a checkpoint, and the tokenizer that fits it."""
     path = folder / "tokenizer"
     files.visible_files(path)                                           # whether there is a folder

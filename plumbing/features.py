@@ -39,8 +39,7 @@ CACHE_FORMAT = 2  # part of every cache key: raise it when cropping or encoding 
 
 
 class Features:
-    """The data set and the panel's contexts of a run. Made in two steps, so that `fingerprint` is known before anything
-    is written."""
+    """The data set and the panel's contexts of a run; when it is made it says what it will be, `encode` then writes."""
 
     def __init__(self, cfg, rows: list[Row], folder: Path, recipe: Recipe, kind: str, cache: Path,
                  device: torch.device, dtype: torch.dtype, in_panels: bool = True) -> None:
@@ -57,17 +56,15 @@ class Features:
         self.device, self.dtype, self.in_panels = device, dtype, in_panels
         self.multiple, self.area, self.kind = pixels_per_patch(folder), cfg.size ** 2, kind
         self.shapes = data.bucket_shapes(cfg.size, self.multiple)
-        for path in (path for row in rows for path in row.sources):
-            fit(open_image(path), self.multiple, self.area, path)       # may be too small
         needs_vlm = kind and TEACHER_CONTEXTS[kind].needs_vlm
-        self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm), folder) if needs_vlm else None
+        self.vlm = encoder_files.find_vlm(vlm_of(folder, recipe, cfg.vlm),
+                                          *encoder_files.text_parts(folder)) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
                              backbone_of(folder).class_name, kind,
                              files.model_key(self.vlm, prefix=encoder_files.VISUAL) if self.vlm else "-",
                              str(dtype), cfg.teacher_rope,
                              str(recipe.image_pixels), *([cfg.quantize] if cfg.quantize != FLOAT else [])])
-        self.examples = place(rows, self.shapes, self.area, cache, self.key, kind)
-        self.rows = rows
+        self.rows, self.examples = rows, place(rows, self.shapes, self.area, cache, self.key, kind)
 
     def encode(self, with_unrelated: bool = True, kept: Sequence[Path] = ()) -> None:
         """Fill the cache with what is missing there; then everything below is known. Raises InputError.
@@ -154,6 +151,8 @@ def prepare(examples: list[Example], multiple: int, area: int, load_vae: Callabl
     warn_enlarged(examples)
     missing = {example.file: example for example in examples if not example.has(example.pictures() + example.texts())}
     if bare := [example for example in missing.values() if not example.has(example.pictures())]:
+        for path in (path for example in bare for path in example.row.sources):
+            fit(open_image(path), multiple, area, path)                 # may be too small: said before any is written
         encode_latents(bare, multiple, area, load_vae(), device)
         free()
     if missing:

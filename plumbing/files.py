@@ -216,13 +216,14 @@ def check_ours(folder: Path, what: str) -> None:
     check_writable(folder, what)
 
 
-def check_writable(folder: Path, what: str) -> None:
-    """Raises InputError, beginning with `what`, unless `folder` can be made or written to; makes nothing."""
+def check_writable(folder: Path, what: str) -> Path:
+    """Raises InputError, `what` first, unless `folder` can be made or written to. Returns the nearest that exists."""
     if any(len(os.fsencode(part)) > 255 for part in folder.parts):
         raise InputError(f"{what}: longer than a name may be; choose another")
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{what}: not writable, because of {nearest}; choose a folder you can write to")
+    return nearest
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ Forward and backward passes are in --dtype, and several GPUs share the weights (
 Differs from the official code, which raises NotImplementedError here.
 """
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class Full:
         self.slow = network(torch.float32) if teacher == "ema" else self.model if teacher == "copy" else self.untuned
         self.has_ema, self.draws, self.walkers = teacher == "ema", True, team.size  # each has a part of the weights
         # The parts that this process keeps; while a network is at work, its own attributes are whole blocks instead.
-        self._theta, self._theta_bar = (dict(named(part)) for part in (self.model, self.slow))
+        self._theta, self._theta_bar = (dict[str, Tensor](part.named_parameters()) for part in (self.model, self.slow))
 
     def student(self, context: list) -> Velocity:
         return velocity_of(self.model, context, None)
@@ -105,9 +105,9 @@ class Full:
         shutil.rmtree(fresh, ignore_errors=True)
         files = split({name: tensor.numel() * self.dtype.itemsize for name, tensor in own.items()})
         for file, names in files.items():
-            tensors = {name: whole(own[name].detach()).to(self.dtype) for name in names}
+            tensors = self.team.gathered({name: own[name] for name in names})
             if self.team.is_first:
-                write_tensors(fresh / file, tensors, metadata)
+                write_tensors(fresh / file, {name: part.to(self.dtype) for name, part in tensors.items()}, metadata)
         if self.team.is_first:
             if len(files) > 1:
                 write_json(fresh / f"{WEIGHTS}.safetensors.index.json", {
@@ -132,11 +132,6 @@ def split(sizes: dict[str, int], most: int = 5 * 2 ** 30) -> dict[str, list[str]
     if len(parts) == 1:
         return {f"{WEIGHTS}.safetensors": parts[0]}
     return {f"{WEIGHTS}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
-def named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    assert isinstance(model, nn.Module)
-    return model.named_parameters()
 
 
 def tuned_of(cfg, folder: Path, device: torch.device, dtype: torch.dtype, team: Team, method: Method) -> Tuned | Full:

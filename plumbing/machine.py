@@ -14,7 +14,7 @@ import torch
 from encoder import TEACHER_CONTEXTS
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import pixels_per_patch
-from plumbing.files import InputError, tensors
+from plumbing.files import InputError, check_writable, tensors
 from plumbing.quantized import FLOAT, INT8
 from plumbing.train_options import FULL, LORA, NONE, ONLY_LORA
 
@@ -35,15 +35,21 @@ def weights_gb(network: Path, dtype: torch.dtype, quantize: str = FLOAT) -> floa
     return sum(size(*named) for named in tensors(network, only_shapes=True)) / 2 ** 30
 
 
+def trained(cfg, model: Transformer) -> int:
+    """How many numbers theta has."""
+    if cfg.tune == FULL:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return cfg.rank * sum(sum(model.get_parameter(f"{name}.weight").shape) for name in model.lora_names())
+
+
 def trained_gb(cfg, dtype: torch.dtype, model: Transformer, processes: int) -> float:
     """GB of what is trained and all that belongs to it: theta, theta_bar, gradient and Adam's two moments, in float32.
 
     With --tune full, processes share it, and the untuned model where one is needed; each has a whole block twice.
     """
+    weights = trained(cfg, model) / 2 ** 30
     if cfg.tune == LORA:
-        shapes = [model.get_parameter(f"{name}.weight").shape for name in model.lora_names()]
-        return 5 * 4 * cfg.rank * sum(map(sum, shapes)) / 2 ** 30
-    weights = sum(parameter.numel() for parameter in model.parameters()) / 2 ** 30
+        return 5 * 4 * weights
     has_base = cfg.keep != NONE or cfg.method == "pso" or cfg.teacher_weights == "frozen"
     shared = weights * (4 * (4 + (cfg.teacher_weights == "ema")) + dtype.itemsize * has_base)
     return shared / processes + 2 * weights * dtype.itemsize / len(model.blocks())
@@ -99,14 +105,15 @@ def check_memory(cfg, folder: Path, device: torch.device, needed: Callable[..., 
     if need <= left:
         return
     ways: list[str] = []
+    is_full = getattr(cfg, "tune", LORA) == FULL                        # sample.py tunes nothing
     for less in LESS:
         changes = {name: value for name, value in less.items() if getattr(cfg, name, value) not in (value, None)
-                   and not (name in ONLY_LORA and getattr(cfg, "tune", LORA) == FULL)}
+                   and not (name in ONLY_LORA and is_full)}
         gb = needed(dataclasses.replace(cfg, **changes))
         words = (f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changes.items())
         way = f"{' '.join(words)} ({gb:.1f} GB)"
         ways += [way] if gb <= left and way not in ways else []
-    larger = "more GPUs (torchrun)" if getattr(cfg, "tune", LORA) == FULL else "a larger machine"
+    larger = "more GPUs (torchrun)" if is_full else "a larger machine"
     message = (f"{folder}: needs about {need:.1f} GB, {device} has {left:.1f} GB free; use "
                f"{', or '.join(ways[:3] or ['a smaller checkpoint'])}, or {larger}")
     if device.type == "cuda":
@@ -115,18 +122,15 @@ def check_memory(cfg, folder: Path, device: torch.device, needed: Callable[..., 
 
 
 def disk_gb(cfg, dtype: torch.dtype, model: Transformer) -> float:
-    """GB of a run's files while they are saved, when the state is there twice: theta, theta_bar, two moments."""
-    trained = cfg.rank * sum(sum(model.get_parameter(f"{name}.weight").shape) for name in model.lora_names()) \
-        if cfg.tune == LORA else sum(parameter.numel() for parameter in model.parameters())
-    return trained * (2 * 16 + 3 * dtype.itemsize) / 2 ** 30
+    """GB of a run's files while they are saved: the state, 16 bytes a number, twice; student, teacher, and one anew."""
+    return trained(cfg, model) * (2 * 16 + 3 * (dtype.itemsize if cfg.tune == FULL else 4)) / 2 ** 30
 
 
 def check_room(cfg, folder: Path, out: Path, device: torch.device, dtype: torch.dtype, model: Transformer,
                processes: int) -> None:
     """Compare what a run needs with free memory and with the free part of the disk of `out`. Raises InputError."""
     check_memory(cfg, folder, device, lambda cfg: training_gb(cfg, folder, dtype, model, processes))
-    place = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    need, left = disk_gb(cfg, dtype, model), shutil.disk_usage(place).free / 2 ** 30
+    need, left = disk_gb(cfg, dtype, model), shutil.disk_usage(check_writable(out, f"--out {out}")).free / 2 ** 30
     if need > left:
         raise InputError(f"--out {out}: needs about {in_words(need)} on disk, {in_words(left)} are free; choose "
                          "a larger one")

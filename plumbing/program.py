@@ -13,8 +13,6 @@ from PIL import Image
 from plumbing.files import InputError
 
 TRAIN_WITH_LESS = "lower --batch-size, --size or --rank, raise --accumulate instead, or set --checkpointing"
-
-
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -28,13 +26,12 @@ class Interrupt:
         return self
 
     def handle(self, number: int, _) -> None:
-        if self.asked and time.monotonic() > self.patience:
-            raise KeyboardInterrupt
         if self.asked:
+            if time.monotonic() > self.patience:
+                raise KeyboardInterrupt
             return
         self.asked = number
-        # torchrun sends the terminal's Ctrl-C once more
-        self.patience = time.monotonic() + (5 if "WORLD_SIZE" in os.environ else 0)
+        self.patience = time.monotonic() + 5 * ("WORLD_SIZE" in os.environ)     # torchrun sends Ctrl-C once more
         print("\nfinishing this step, then saving; Ctrl-C again stops at once, without saving", file=sys.stderr)
 
     def __exit__(self, *_) -> None:

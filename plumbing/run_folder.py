@@ -1,5 +1,6 @@
 """A run and its folder: the state between two steps, saving and resuming it, its log, and what it was made with."""
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -25,7 +26,7 @@ from plumbing.full import Full
 from plumbing.machine import disk_gb, in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
-from plumbing.team import ALONE, Team, put, whole
+from plumbing.team import ALONE, Team, put
 from plumbing.train_options import FULL, ONLY_LORA, UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
@@ -106,10 +107,9 @@ def alone(out: Path, team: Team = ALONE) -> Iterator[None]:
 
 def in_todays_words(options: dict) -> dict:
     """The options of a config.json, whose writer may have had earlier names for some."""
-    words = {"base": UNTUNED}
     if "teacher" in options:
         options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
-    teachers = [words.get(word, word) for word in options.get("teacher_lora") or []]
+    teachers = [UNTUNED if word == "base" else word for word in options.get("teacher_lora") or []]
     return {"quantize": FLOAT, **options, "teacher_lora": teachers}
 
 
@@ -129,7 +129,7 @@ class Run:
         state = self.tuned.state()
         for name, parameter in self.tuned.parameters().items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        state = {name: whole(tensor.detach()).cpu() for name, tensor in state.items()}     # every process asks for all
+        state = self.team.gathered(state)
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "quantize": self.cfg.quantize,
                  "step": str(self.step)}
         for folder in [self.out] + [self.out / f"step_{self.step:06d}"] * self.cfg.save_all:
@@ -194,13 +194,12 @@ class Run:
     def watch(self, loss: float) -> None:
         """One line on stderr, once, when the mean of twenty losses is a hundred times what it was."""
         self.recent.append(loss)
-        mean = sum(self.recent) / 20
-        if len(self.recent) == 20 and mean > 100 * self.lowest:
+        mean = sum(self.recent) / 20 if len(self.recent) == 20 else math.inf
+        has_grown = mean > 100 * self.lowest
+        if has_grown:
             print(f"warning: step {self.step}: the loss has grown a hundredfold, to {mean:.3g}; a smaller --lr may be "
                   "needed", file=sys.stderr)
-            self.lowest = math.inf
-        elif len(self.recent) == 20:
-            self.lowest = min(self.lowest, mean)
+        self.lowest = math.inf if has_grown else min(self.lowest, mean)
 
     def begin(self, recipe: str, data: dict[str, str]) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
@@ -230,6 +229,7 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}, up to {disk} on disk", flush=True)
 
 
+@functools.cache
 def provenance() -> dict:
     """What a run was made with: versions of the packages, commit of this code."""
     packages = ("torch", "transformers", "safetensors", "einops", "pillow", "tqdm")

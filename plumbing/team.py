@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from plumbing.backbone import Transformer
 from plumbing.files import InputError
 
+BACKENDS = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 PATIENCE = datetime.timedelta(hours=2)      # for the first process, which may encode a large data set
 
 
@@ -41,7 +42,7 @@ class Team:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            dist.init_process_group(BACKENDS, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:     # a port in use, an address that nobody listens at
             reason = str(error).splitlines()[0]
             raise InputError(f"process {self.rank} of {self.size}: cannot meet the others ({reason:.200}); start with "
@@ -89,8 +90,10 @@ class Team:
         if self.is_alone:
             return
         try:
-            dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True) if not torch.cuda.is_available() \
-                else dist.barrier()
+            if torch.cuda.is_available():
+                dist.barrier()
+            else:
+                dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)       # of gloo alone; says who is late
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"process {self.rank} of {self.size}: waited for {what} ({reason:.200}); look at what the "
@@ -105,22 +108,18 @@ class Team:
         found = [torch.zeros_like(own) for _ in range(self.size)]
         dist.all_gather(found, own)
         for rank, other in enumerate(found):
-            for name, is_same in zip(facts, (other == found[0]).tolist()):
-                if not is_same:
-                    raise InputError(f"process {rank} of {self.size} has other {name} than process 0; give all the "
-                                     "same")
+            if wrong := [name for name, is_same in zip(facts, (other == found[0]).tolist()) if not is_same]:
+                raise InputError(f"process {rank} of {self.size} has other {wrong[0]} than process 0; give all the "
+                                 "same")
 
     # ------------------------------------------------------------------------------------------------ weights in parts
     def shard(self, model: Transformer, dtype: torch.dtype) -> None:
-        """Each process keeps its part of the float32 weights, and computes in `dtype` with whole blocks (FSDP2).
-
-        Does nothing where one process computes in float32.
-        """
+        """Each process keeps its part of the float32 weights, and computes in `dtype` with whole blocks (FSDP2); one
+        that is alone and computes in float32 keeps all."""
         if self.is_alone and dtype == torch.float32:
             return
         if not dist.is_initialized():                   # alone, but with weights in two precisions
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                    store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(BACKENDS, store=dist.HashStore(), rank=0, world_size=1)
         # Inputs stay as they are: sigma in bfloat16 would be another noise level. Whole weights never outlive their
         # use, or the teacher would keep those from before its last EMA step.
         self.mesh = self.mesh or init_device_mesh(next(model.parameters()).device.type, (self.size,))
@@ -129,6 +128,12 @@ class Team:
         for module in (*model.blocks().values(), model):
             fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
         register_fsdp_forward_method(model, "velocity")
+
+
+    def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors in the memory of the first process. All must ask, and the others get nothing."""
+        parts = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        return {name: part.cpu() for name, part in parts if self.is_first}
 
 
 ALONE = Team()

@@ -43,11 +43,19 @@ class Place:
     features: Path | None = None    # a cache of features that are nobody's
 
     @classmethod
-    def at(cls, root: Path, data: Path, model: Path, adapter: Path, features: Path) -> "Place":
+    def at(cls, root: Path, data: Path, model: Path, adapter: Path, features: Path | None = None
+           ) -> "Place":
         """model is a link: who damages it takes `own_model` first."""
         shutil.copytree(data, root / "data"), shutil.copy(adapter, root / "adapter.safetensors")
         (root / "model").symlink_to(model)
         return cls(root, features)
+
+    @classmethod
+    def copies(cls, root: Path, data: Path, model: Path, adapter: Path) -> "Place":
+        """With a model of its own."""
+        place = cls.at(root, data, model, adapter)
+        place.own_model()
+        return place
 
     def own_model(self) -> Path:
         """The checkpoint, a copy of its own now."""

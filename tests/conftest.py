@@ -263,10 +263,7 @@ def on_each_loss(monkeypatch, change, name: str = "dopsd") -> None:
 @pytest.fixture
 def place(tmp_path, checkpoint, photos, adapter_file) -> Place:
     """A checkpoint, data and an adapter that may be damaged."""
-    shutil.copytree(photos, tmp_path / "data")
-    shutil.copytree(checkpoint, tmp_path / "model")
-    shutil.copy(adapter_file, tmp_path / "adapter.safetensors")
-    return Place(tmp_path)
+    return Place.copies(tmp_path, photos, checkpoint, adapter_file)
 
 
 @pytest.fixture(scope="session")

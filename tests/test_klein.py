@@ -217,10 +217,7 @@ def test_compare_has_a_column_for_each_source(ours, strong, pictures):
 # ---------------------------------------------------------------------------------------------------- bad input
 @pytest.fixture
 def place(tmp_path, klein, photos, strong) -> Place:
-    shutil.copytree(photos, tmp_path / "data")
-    shutil.copytree(klein, tmp_path / "model")
-    shutil.copy(strong, tmp_path / "adapter.safetensors")
-    return Place(tmp_path)
+    return Place.copies(tmp_path, photos, klein, strong)
 
 
 @pytest.fixture
