@@ -76,7 +76,7 @@ def vision_tensors(folder: Path) -> files.Weights:
     return ((name.split("visual.", 1)[1], tensor) for name, tensor in files.tensors(folder, VISUAL))
 
 
-def _made(path: Path, make: Callable):
+def made(path: Path, make: Callable):
     """What transformers makes of a file, or an InputError: it raises many unrelated types for what it cannot use."""
     try:
         return make()
@@ -88,7 +88,7 @@ def _made(path: Path, make: Callable):
 def _skeleton(kind: Callable, config, device: torch.device | str, path: Path):
     """A model without weights: parameters on the meta device, rotary tables (in no checkpoint) computed."""
     with torch.device("meta"):
-        model = _made(path, lambda: kind(config))
+        model = made(path, lambda: kind(config))
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:
             model.set_submodule(name, type(module)(module.config).to(device))
@@ -100,14 +100,14 @@ def _config(kind, path: Path, *keys: str):
     if found != kind.model_type:
         raise InputError(f"{path}: model_type {found!r}, expected {kind.model_type!r}; give a checkpoint of that kind")
     content = files.read_json(path, *keys)
-    return _made(path, lambda: kind.from_dict(content))
+    return made(path, lambda: kind.from_dict(content))
 
 
 def text_parts(folder: Path) -> tuple[Qwen3Config, PreTrainedTokenizerBase]:
     """Config of the text encoder of a checkpoint, and the tokenizer that fits it."""
     path = folder / "tokenizer"
     files.visible_files(path)                                           # whether there is a folder
-    tokenizer = _made(path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True))
+    tokenizer = made(path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True))
     if tokenizer.pad_token_id is None or not isinstance(tokenizer.model_max_length, int):
         raise broken(path, "its tokenizer has no pad_token, or a model_max_length that is no number", OTHER)
     config = _config(Qwen3Config, folder / "text_encoder" / "config.json", "hidden_size", "num_hidden_layers")
@@ -140,7 +140,7 @@ def _vlm_parts(folder: Path, text: Qwen3Config, tokenizer: PreTrainedTokenizerBa
     content = files.read_json(path, "patch_size", "image_mean", "image_std")
     if pixels is not None:
         content.update(min_pixels=pixels[0], max_pixels=pixels[1])  # these win over the file's "size"
-    processor = _made(path, lambda: Qwen2VLImageProcessorPil.from_dict(content))
+    processor = made(path, lambda: Qwen2VLImageProcessorPil.from_dict(content))
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         needed = getattr(config.vision_config, "spatial_merge_size" if key == "merge_size" else key)
         if getattr(processor, key) != needed:

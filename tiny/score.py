@@ -31,7 +31,7 @@ from rollout import Velocity
 from tiny.concepts import Concept
 from tiny.contexts import load_features
 from tiny.evaluate import Table, check, in_batches
-from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, whole
+from tiny.metrics import Reader, Reading, accuracy, fidelity, told_accuracy, told_attributes, whole
 from tiny.models import grid_of
 from tiny.world import (ATTRIBUTES, COLUMN, CONCEPT_ATTRIBUTES, OBJECT_ATTRIBUTES, SIDE, STYLE_ATTRIBUTES, caption,
                         draw_scenes, generator, random_tell)
@@ -178,6 +178,47 @@ def of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, float]:
             "ordinary, decided": float(reading.decided.mean())}
 
 
+def each_of_concept(reading: Reading, prompts: Prompts) -> dict[str, Tensor]:
+    """The same for each picture (n,)."""
+    right = (reading.rows == prompts.rows).float()
+    own = right[:, [COLUMN[name] for name in CONCEPT_ATTRIBUTES[prompts.kind]]]
+    rest = right[:, [COLUMN[name] for name in REST[prompts.kind]]]
+    return {"concept": own.mean(1), "concept, whole": own.amin(1), "concept, rest": rest.mean(1),
+            "concept, distance": reading.distance}
+
+
+def each_of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, Tensor]:
+    """The same for each picture (n,); prompts that say more count more."""
+    said = told_attributes(prompts.told)
+    right = (said & (reading.rows == prompts.rows)).sum(1)
+    return {"ordinary": right / said.sum(1).float().mean(), "ordinary, distance": reading.distance,
+            "ordinary, decided": reading.decided}
+
+
+class Exam:
+    """What all adapters for some data are asked, and the noises that they draw from."""
+
+    def __init__(self, judge: Judge, folder: str, concept: int, ordinary: int, seed: int) -> None:
+        """folder: of the data. concept, ordinary: numbers of new prompts with [V] and without. Raises InputError."""
+        kind, scene, pictures = concept_of(folder, judge.reader)
+        g = generator(seed + 50, 0)
+        self.judge, self.new = judge, concept_prompts(kind, scene, concept, g)
+        self.ordinary = ordinary_prompts(ordinary, g)
+        self.noises = [judge.noise(len(prompts.rows), g) for prompts in (self.new, self.ordinary)]
+        self.contexts = [judge.features.contexts(prompts.captions) for prompts in (self.new, self.ordinary)]
+        self.shown = pictures[torch.arange(concept) % len(pictures)]
+
+    def pictures(self, adapter: lora.Adapter | None, steps: int = 4) -> tuple[Tensor, Tensor]:
+        """Of the new prompts, and of the ordinary ones."""
+        new, ordinary = (self.judge.draw(contexts, noise, adapter, steps)
+                         for contexts, noise in zip(self.contexts, self.noises))
+        return new, ordinary
+
+    def teacher_pictures(self, steps: int = 4) -> Tensor:
+        """Of the new prompts, by the base model that is shown a picture of the concept."""
+        return self.judge.draw(self.judge.features.contexts(self.new.captions, self.shown), self.noises[0], steps=steps)
+
+
 def options_of(description: str, model: Path, out: str) -> argparse.ArgumentParser:
     """What every program that scores adapters can be told. model, out: defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
@@ -203,30 +244,22 @@ def main() -> None:
     check(options)
     judge = Judge(options.model, options.quantize)
     tuned = adapters(options.lora, judge.net)
-    kind, concept, pictures = concept_of(options.data, judge.reader)
-    g = generator(options.seed + 50, 0)
-    new = concept_prompts(kind, concept, options.concept_prompts, g)
-    ordinary = ordinary_prompts(options.ordinary_prompts, g)
-    noise_new, noise_ordinary = (judge.noise(len(prompts.rows), g) for prompts in (new, ordinary))
-    shown = pictures[torch.arange(len(new.rows)) % len(pictures)]
-    said, usual = judge.features.contexts(new.captions), judge.features.contexts(ordinary.captions)
-
-    columns = {"base": (None, said), **{name: (adapter, said) for name, adapter in tuned.items()},
-               "teacher's view": (None, judge.features.contexts(new.captions, shown))}
-    scores, images, table = {}, {}, Table(COLUMNS, list(columns))
+    exam = Exam(judge, options.data, options.concept_prompts, options.ordinary_prompts, options.seed)
+    names = ["base", *tuned, "teacher's view"]
+    scores, images, table = {}, {}, Table(COLUMNS, names)
     print(table.head(), flush=True)
-    for name, (adapter, context) in columns.items():
-        drawn = judge.draw(context, noise_new, adapter)
-        scores[name] = of_concept(judge.reader(drawn), new)
-        images[name] = [to_image(p) for p in drawn[:4]]
-        if name != "teacher's view":
-            drawn = judge.draw(usual, noise_ordinary, adapter)
-            scores[name] |= of_ordinary(judge.reader(drawn), ordinary)
-            images[name] += [to_image(p) for p in drawn[:3]]
+    for name in names:
+        if name == "teacher's view":
+            new, ordinary = exam.teacher_pictures(), None
         else:
-            images[name] += [None] * len(ordinary.captions[:3])
+            new, ordinary = exam.pictures(tuned.get(name))
+        scores[name] = of_concept(judge.reader(new), exam.new)
+        images[name] = [to_image(p) for p in new[:4]]
+        if ordinary is not None:
+            scores[name] |= of_ordinary(judge.reader(ordinary), exam.ordinary)
+        images[name] += [None] * len(exam.ordinary.captions[:3]) if ordinary is None else map(to_image, ordinary[:3])
         print(table.line(name, scores[name]), flush=True)
-    rows = new.captions[:4] + ordinary.captions[:3]
+    rows = exam.new.captions[:4] + exam.ordinary.captions[:3]
     save_png(panel(images, rows), options.out / "panel.png",
              {"prompt": "\n".join(rows), "seed": options.seed, "steps": 4})
     write_json(options.out / "scores.json", scores)
