@@ -23,6 +23,7 @@ from plumbing.team import ALONE, Team
 from rollout import Velocity
 
 Bound = Callable[[list], Velocity]      # contexts -> velocity: a network with its weights
+TITLES = ("modelspec.title", "ss_output_name")  # in a file's metadata, where other programs look for its name
 AdapterBlock = dict[str, tuple[Tensor, Tensor, float]] | None  # layer name inside a block -> A, B, alpha / rank
 
 
@@ -48,12 +49,6 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Flat, unscaled: "<layer>.A" and "<layer>.B"; what a resumed run needs."""
         return {f"{name}.{side}": tensor for name, pair in self.weights.items() for side, tensor in zip("AB", pair)}
-
-    @torch.no_grad()
-    def load_tensors(self, saved: dict[str, Tensor]) -> None:
-        """Take over, in place, what `tensors` gave."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
 
 
 # ---------------------------------------------------------------------------------------------------- use
@@ -85,9 +80,8 @@ def create(model: Transformer, rank: int, alpha: float, seed: int, names: list[s
     weights = {}
     for name in model.lora_names() if names is None else names:
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
-        A = torch.randn(rank, inputs, generator=generator) / rank
-        B = torch.zeros(outputs, rank)
-        weights[name] = (A.to(device).requires_grad_(), B.to(device).requires_grad_())
+        A = (torch.randn(rank, inputs, generator=generator) / rank).to(device)
+        weights[name] = A.requires_grad_(), torch.zeros(outputs, rank, device=device, requires_grad=True)
     return Adapter(weights, rank, alpha)
 
 
@@ -120,11 +114,12 @@ class Tuned:
 
     `Full` in plumbing/full.py is the same for all weights.
     """
-    saved = "student.safetensors"
     walkers = 1                                                         # processes whose rollouts must be equally long
 
-    def __init__(self, model: Transformer, rank: int, alpha: float, seed: int, team: Team = ALONE):
+    def __init__(self, model: Transformer, rank: int, alpha: float, seed: int, team: Team = ALONE,
+                 name: str = "student"):
         self.model, self.device, self.team = model, next(model.parameters()).device, team
+        self.saved = f"{name}.safetensors"                              # the student
         self.theta = create(model, rank, alpha, seed)
         self.theta_bar = copy(self.theta)                               # the teacher starts as the student
         self.draws = team.is_first                                      # panels
@@ -144,8 +139,7 @@ class Tuned:
         return self.theta.tensors()
 
     def __str__(self) -> str:
-        count = sum(tensor.numel() for tensor in self.theta.parameters())
-        return f"{count:,} LoRA parameters in {len(self.theta.weights)} layers"
+        return f"{sum(map(torch.numel, self.theta.parameters())):,} LoRA parameters in {len(self.theta.weights)} layers"
 
     def clip_(self, most: float) -> Tensor:
         """Average the gradient over processes, clip its norm, and return what that was."""
@@ -157,23 +151,17 @@ class Tuned:
         ema_(self.theta_bar, self.theta, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs."""
-        return {f"{side}.{name}": tensor for side, adapter in self._sides()
+        """All that a resumed run needs; itself, not copies."""
+        return {f"{side}.{name}": tensor for side, adapter in (("student", self.theta), ("teacher", self.theta_bar))
                 for name, tensor in adapter.tensors().items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for side, adapter in self._sides():
-            adapter.load_tensors({name: state[f"{side}.{name}"] for name in adapter.tensors()})
-
     def save(self, folder: Path, metadata: dict[str, str], with_teacher: bool) -> None:
-        """student.safetensors and, on demand, teacher.safetensors, for `sample.py` and other programs."""
-        for side, adapter in self._sides():
-            if self.team.is_first and (side == "student" or with_teacher):
-                save(adapter, folder / f"{side}.safetensors", metadata)
-
-    def _sides(self) -> tuple[tuple[str, Adapter], tuple[str, Adapter]]:
-        return ("student", self.theta), ("teacher", self.theta_bar)
+        """The student's file and, on demand, teacher.safetensors, for `sample.py` and other programs."""
+        if self.team.is_first:
+            save(self.theta, folder / self.saved, metadata)
+        if self.team.is_first and with_teacher:
+            titles = {field: f"teacher of {metadata[field]}" for field in TITLES if field in metadata}
+            save(self.theta_bar, folder / "teacher.safetensors", metadata | titles)
 
 
 # ---------------------------------------------------------------------------------------------------- files

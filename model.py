@@ -378,7 +378,7 @@ Z_IMAGE = Backbone(
     name="Z-Image", class_name="ZImageTransformer2DModel", network=ZImageTransformer, keys=KEYS,
     width=lambda config: config["dim"], patch_size=lambda config: config["all_patch_size"][0],
     time_shift=scheduler_shift, draw_noise=draw_noise, takes_references=False, recipes=(TURBO, SMALL),
-    text_style=TextStyle(thought="", layers=lambda depth: (depth - 1,), padded=False),
+    text_style=TextStyle(thought="", layers=lambda depth: (depth - 1,), padded=False), spec_ids={3840: "z-image"},
     layer_name=re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)"),
     original_names={"attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv",
                     "attention.to_v": "attention.qkv", "attention.to_out.0": "attention.out"})

@@ -259,7 +259,7 @@ def load(cfg: Options, recipe: Recipe, folder: Path, features: list[Features], t
         panels.draw_base(tuned.base)                                    # --resume replaces all weights of a full tuning
     if cfg.resume:
         run.load()
-    run.begin(recipe.name, fingerprint_of(features))
+    run.begin(recipe.name, fingerprint_of(features), tasks)
     print_summary(cfg, recipe, folder, run, tasks)
     return run, tasks, panels
 

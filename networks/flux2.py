@@ -264,7 +264,7 @@ KLEIN = Backbone(
     name="FLUX.2", class_name="Flux2Transformer2DModel", network=Flux2Transformer, keys=KEYS,
     width=lambda config: config["num_attention_heads"] * config["attention_head_dim"],
     patch_size=lambda config: SQUARE, time_shift=time_shift, draw_noise=draw_noise, takes_references=True,
-    recipes=(FLUX2, SMALL_FLUX2),
+    recipes=(FLUX2, SMALL_FLUX2), spec_ids={3072: "flux.2-klein-4b", 4096: "flux.2-klein-9b"},
     text_style=TextStyle(thought="<think>\n\n</think>\n\n", padded=True,
                          layers=lambda depth: (depth // 4, depth // 2, depth * 3 // 4)),
     layer_name=re.compile(r"transformer_blocks[._]\d+[._](attn[._](to|add)_|ff(_context)?[._]linear_)"

@@ -63,6 +63,7 @@ class Backbone:
     text_style: TextStyle
     takes_references: bool          # whether images can stand beside the text
     recipes: tuple[Recipe, Recipe]  # of the real checkpoints, and of small ones
+    spec_ids: dict[int, str]        # width of the real ones -> ModelSpec's id, by which programs sort LoRA files
     layer_name: re.Pattern          # finds a layer of this transformer in a LoRA's key, in any spelling
     original_names: dict[str, str]  # our names of block groups and layers -> those of the original weights
 

@@ -21,7 +21,7 @@ from lora import Tuned, velocity_of
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import backbone_of
 from plumbing.files import InputError, read_json, write_json, write_tensors
-from plumbing.team import Team, put, whole
+from plumbing.team import Team, whole
 from plumbing.train_options import LORA, PRIOR, UNTUNED, sources_of
 from rollout import Velocity
 
@@ -83,15 +83,10 @@ class Full:
                 slow.lerp_(self._theta[name], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs; perhaps in parts."""
+        """All that a resumed run needs; itself, not copies, and perhaps in parts."""
         teacher = self._theta_bar if self.has_ema else {}
         return {f"{side}.{name}": tensor for side, own in (("student", self._theta), ("teacher", teacher))
                 for name, tensor in own.items()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, whole."""
-        for name, tensor in self.state().items():
-            put(tensor, state[name])
 
     def save(self, folder: Path, metadata: dict[str, str], with_teacher: bool) -> None:
         """student/transformer and teacher/transformer: folders for `sample.py --transformer` and diffusers."""
@@ -140,7 +135,7 @@ def tuned_of(cfg, folder: Path, device: torch.device, dtype: torch.dtype, team: 
         return backbone_of(folder).load(folder, device, precision, compile=cfg.compile, quantize=cfg.quantize)
 
     if cfg.tune == LORA:
-        return Tuned(network(dtype), cfg.rank, cfg.alpha, cfg.seed, team)
+        return Tuned(network(dtype), cfg.rank, cfg.alpha, cfg.seed, team, cfg.name)
     if cfg.method == PRIOR and not team.is_alone:                       # each would draw pictures at another time
         raise InputError(f"--method {PRIOR}: with --tune full not in several processes; leave one of them out")
     needs_base = "base" in method.needs or UNTUNED in [source.teacher for source in sources_of(cfg)]

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora import Adapter
+from lora import TITLES, Adapter
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import BACKBONES
-from plumbing.files import InputError, broken, open_safetensors, read_json
+from plumbing.files import InputError, broken, open_safetensors, read_json, real
 from plumbing.kinds import wrong
 from plumbing.quantized import FLOAT
+from plumbing.train_options import names_of
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
@@ -69,6 +70,25 @@ def load(path: Path | str, model: Transformer) -> Adapter:
         raise InputError(f"{path}: no LoRA in this file; give a LoRA made for this transformer")
     rank = max(len(A) for A, _ in weights.values())
     return Adapter(weights, rank, alpha=rank)
+
+
+def header(cfg, model: Transformer, captions: list[str]) -> dict[str, str]:
+    """What other programs show of a run's LoRA: the fields of ModelSpec 1.0.1 (modelspec) and of kohya's trainers (ss).
+
+    Sources: Stability-AI/ModelSpec; sai_model_spec.py of kohya-ss/sd-scripts and musubi-tuner, which write such files;
+    T2IModelClassSorter.cs of SwarmUI, which sorts by them. No date: repeated and resumed runs say the same. No
+    prediction_type: its "v" is Stable Diffusion's. ss_network_alpha is the file's: alpha / rank is in B already.
+    """
+    kind = next(backbone for backbone in BACKBONES if isinstance(model, backbone.network))
+    width = model.get_parameter(f"{model.lora_names()[0]}.weight").shape[1]
+    base = kind.spec_ids.get(width, f"{kind.name.lower()}-{width}")     # no real one: not to be taken for it
+    trigger = {"modelspec.trigger_phrase": "[V]"} if any("[V]" in text for text in captions) else {}
+    named = dict.fromkeys(TITLES, "+".join(names_of(cfg.data)) if cfg.name == "student" else cfg.name)
+    return {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"{base}/lora", **named, **trigger,
+            "modelspec.implementation": "diffusers", "modelspec.resolution": f"{cfg.size}x{cfg.size}",
+            "ss_sd_model_name": real(cfg.model).name if real(cfg.model).exists() else cfg.model,    # not its place
+            "ss_base_model_version": re.sub("[.-]", "_", base),
+            "ss_network_dim": str(cfg.rank), "ss_network_alpha": str(cfg.rank)}
 
 
 def warn_other_weights(path: Path | str, quantize: str) -> None:

@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     net, shape = backbone.load(model, device, dtype, quantize=quantize), latent_shape(model, *size)
     x, c_s, c_t = starting_noise(backbone, options["seed"], shape).to(device), c_s.to(device), c_t.to(device)
     sigmas = sigma_grid(shift_rule(model)(options["rollout_steps"], *shape[1:]), options["rollout_steps"])
-    theta, theta_bar = (lora_files.load(folder / f"{side}.safetensors", net) for side in ("student", "teacher"))
+    theta, theta_bar = (lora_files.load(folder / name, net) for name in
+                        (f"{options.get('name', 'student')}.safetensors", "teacher.safetensors"))
     columns: dict[str, list[Image.Image | None]] = {}
     vae = autoencoder.load(model, device)
     for when, mine, theirs in (("before", None, None), ("after", theta, theta_bar)):

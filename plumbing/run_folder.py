@@ -13,21 +13,17 @@ from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:             # Windows
-    fcntl = None                # type: ignore[assignment]
-
 from lora import Tuned
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_ours, keep_json_lines, open_safetensors,
                             read_json, real, write_json, write_tensors)
 from plumbing.full import Full
+from plumbing.lora_files import header
 from plumbing.machine import disk_gb, in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.team import ALONE, Team, put
-from plumbing.train_options import FULL, ONLY_LORA, UNTUNED, names_of
+from plumbing.train_options import FULL, LORA, ONLY_LORA, UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
@@ -71,7 +67,7 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str], processes: int) -> Non
             raise InputError(f"--resume: {' and '.join(differs)} are not those that this run began with (--data "
                              f"{', '.join(cfg.data)}); restore them, or start a new run with another --out")
         return
-    if found := [name for name in TRAINED if os.path.exists(out / name)]:
+    if found := [name for name in (*TRAINED, f"{cfg.name}.safetensors") if os.path.exists(out / name)]:
         way = "continue it with --resume" if STATE in found else f"its {STATE} is gone, so move it away"
         raise InputError(f"--out {out}: holds another run ({found[0]}); {way}, or choose another --out")
     check_ours(out, f"--out {out}")
@@ -95,12 +91,12 @@ def alone(out: Path, team: Team = ALONE) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl                                                # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"--out {out}: another process trains there; wait until it ends, or choose another "
                              "--out") from None
-        except OSError:                                                 # a file system without locks
+        except (ImportError, OSError):                                  # Windows, or a file system without locks
             pass
         yield
 
@@ -110,7 +106,7 @@ def in_todays_words(options: dict) -> dict:
     if "teacher" in options:
         options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
     teachers = [UNTUNED if word == "base" else word for word in options.get("teacher_lora") or []]
-    return {"quantize": FLOAT, **options, "teacher_lora": teachers}
+    return {"quantize": FLOAT, "name": "student", **options, "teacher_lora": teachers}
 
 
 class Run:
@@ -119,19 +115,21 @@ class Run:
     def __init__(self, cfg, out: Path, tuned: Tuned | Full, with_teacher: bool) -> None:
         """with_teacher: whether the teacher's adapter is worth a file of its own."""
         self.cfg, self.out, self.tuned, self.team = cfg, out, tuned, tuned.team
-        self.with_teacher, self.step = with_teacher, 0
+        self.with_teacher, self.step, self.header = with_teacher, 0, dict[str, str]()
         self.recent, self.lowest = deque[float](maxlen=20), math.inf    # losses, and the least that their mean was
         self.optimizer = torch.optim.AdamW(tuned.parameters().values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=0.0)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is tuned, and Adam's moments; themselves, not copies, and perhaps in parts."""
+        return self.tuned.state() | {f"adam.{name}.{key}": value for name, parameter in self.tuned.parameters().items()
+                                     for key, value in self.optimizer.state[parameter].items()}
+
     def save(self) -> None:
         """The adapters for other programs, then one file from which `load` continues; each whole or not at all."""
-        state = self.tuned.state()
-        for name, parameter in self.tuned.parameters().items():
-            state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        state = self.team.gathered(state)
+        state = self.team.gathered(self.state())
         facts = {"method": self.cfg.method, "base": Path(self.cfg.model).name, "quantize": self.cfg.quantize,
-                 "step": str(self.step)}
+                 "step": str(self.step), **self.header}
         for folder in [self.out] + [self.out / f"step_{self.step:06d}"] * self.cfg.save_all:
             self.tuned.save(folder, facts, self.with_teacher)
         if self.team.is_first:
@@ -153,12 +151,12 @@ class Run:
         with open_safetensors(self.out / STATE) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
             step = (file.metadata() or {}).get("step", "")
-        shapes = {name: tensor.shape for name, tensor in self.tuned.state().items()}
-        for name, parameter in self.tuned.parameters().items():
-            shapes |= {f"adam.{name}.step": torch.Size(()), f"adam.{name}.exp_avg": parameter.shape,
-                       f"adam.{name}.exp_avg_sq": parameter.shape}
-        wrong = shapes.keys() ^ state.keys() or {
-            name for name, tensor in state.items() if tensor.shape != shapes[name] or tensor.dtype != torch.float32
+        for parameter in self.tuned.parameters().values():
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                                               "exp_avg_sq": torch.zeros_like(parameter)}
+        own = self.state()
+        wrong = own.keys() ^ state.keys() or {
+            name for name, tensor in state.items() if tensor.shape != own[name].shape or tensor.dtype != torch.float32
             or not tensor.isfinite().all() or name.endswith("exp_avg_sq") and (tensor < 0).any()}
         if wrong or not step.isdecimal() or len(step) > 9:
             raise InputError(f"{self.out / STATE}: {min(wrong, default='its step')} is missing, unknown, not finite or "
@@ -168,23 +166,17 @@ class Run:
             raise InputError(f"--steps {self.cfg.steps}: the run in {self.out} has done {self.step}; give more")
         if self.step == self.cfg.steps:
             print(f"note: the run in {self.out} has done its {self.step} steps; a larger --steps goes on")
-        self.tuned.load_state(state)
-        for name, parameter in self.tuned.parameters().items():
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            for key, moment in moments.items():
-                put(moment, state[f"adam.{name}.{key}"])
-            self.optimizer.state[parameter] = {"step": state[f"adam.{name}.step"], **moments}
+        for name, tensor in own.items():
+            put(tensor, state[name])
 
     def log(self, loss: float, losses: dict[str, float], norm: float, seconds: float) -> str:
-        """One more line of metrics.jsonl; returns the same for people. losses: of each task, of which `loss` is the
-        weighted mean."""
+        """One more line of metrics.jsonl; returns it for people. losses: of each task; loss is their weighted mean."""
         if not self.team.is_first:
             return ""
         self.watch(loss)
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
-        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
-                                                      "gradient_norm": norm, "seconds": seconds,
-                                                      "peak_memory_gb": memory})
+        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each, "gradient_norm": norm,
+                                                      "seconds": seconds, "peak_memory_gb": memory})
         shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
         said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {in_words(memory)}"
         if not sys.stderr.isatty() and (self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps):
@@ -201,8 +193,11 @@ class Run:
                   "needed", file=sys.stderr)
         self.lowest = math.inf if has_grown else min(self.lowest, mean)
 
-    def begin(self, recipe: str, data: dict[str, str]) -> None:
+    def begin(self, recipe: str, data: dict[str, str], tasks: list) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
+        if self.cfg.tune == LORA:
+            learned = [one.row for task in tasks if task.in_panels for one in task.dataset.examples]
+            self.header = header(self.cfg, self.tuned.model, [text for row in learned for text in row.captions])
         if self.team.is_first:
             keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
             write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
@@ -222,9 +217,8 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
     for task in tasks:
         buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
                             for (height, width, sources), count in task.dataset.buckets.items())
-        name = f" of {task.name}" if len(tasks) > 1 else ""
         what = "images  " if task.dataset.examples[0].row.image else "captions"
-        print(f"{what} {len(task.dataset.examples)}{name}: {buckets}")
+        print(f"{what} {len(task.dataset.examples)}" + f" of {task.name}" * (len(tasks) > 1) + f": {buckets}")
     disk = in_words(disk_gb(cfg, getattr(torch, cfg.dtype), run.tuned.model))
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}, up to {disk} on disk", flush=True)
 

@@ -1,6 +1,7 @@
 """The options of train.py: names, explanations, and what can be seen to be wrong without looking at any file."""
 import math
 import os
+import re
 import sys
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ TARGET = "image"      # in the place of a teacher's file: the run's own teacher,
 UNTUNED = "untuned"   # and the model as it was: its prompts shall stay as they are
 NONE, KEEP = "none", "keep"     # the value of --keep that switches it off; the name of its task
 LORA, FULL = "lora", "full"     # the values of --tune
-ONLY_LORA = ("rank", "alpha", "teacher_lora", "quantize", "compile")    # options that --tune full does not combine with
+ONLY_LORA = ("rank", "alpha", "teacher_lora", "quantize", "compile", "name")    # what --tune full does not take
 PRIOR = "dreambooth"            # the baseline that cannot do without --keep
 LEAST = {"size": 1, "steps": 1, "rollout_steps": 1, "batch_size": 1, "accumulate": 1, "rank": 1, "alpha": 1, "beta": 0,
          "save_every": 1, "sample_every": 0, "lr": 0, "grad_states": 1, "noise": 0, "keep_weight": 0, "keep_batches": 1}
 MOST = {"size": 8192, "rollout_steps": 1000, "batch_size": 4096, "rank": 4096, "accumulate": 4096, "keep_batches": 4096,
         "lr": 1e30, "noise": 100}                               # nobody means more; of others not more than 10^9
+UNFIT = re.compile(r"""^$|^[. ]|[. ]$|[<>:"/\\|?*\x00-\x1f\x7f-\x9f]|\.safetensors$"""     # of --name, also on Windows
+                   r"|^((con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³])(\..*)?|state|teacher)$", re.IGNORECASE)
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Options:
     seed: int = option(0, "random seed for LoRA initialisation, batch order, captions and noise", OPTIMISATION)
 
     out: str | None = option(None, "folder of the run (default: out/NAME of the data)", OUTPUT)
+    name: str = option("student", "name of the student's LoRA, for its file and inside, for other programs", OUTPUT)
     resume: bool = option(False, "continue the run in --out as if it had never stopped", OUTPUT)
     save_every: int = option(None, "number of optimizer steps between saves", OUTPUT)
     save_all: bool = option(False, "keep the adapters of every save, in OUT/step_N", OUTPUT)
@@ -107,6 +111,9 @@ def check_values(cfg: Options, method: "Method") -> None:
     if cfg.grad_states is not None and "learned" not in method.needs and not (keeps and method.keeps == "dopsd"):
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, off-policy and for --keep, not "
                          f"{cfg.method}; leave it out")
+    if UNFIT.search(cfg.name) or len(cfg.name.encode()) > 200:
+        raise InputError(f"--name {cfg.name!r:.60}: no name for a file on every system; give letters, digits, - and "
+                         "_, up to 200 bytes, without .safetensors; state and teacher are other files of a run")
     if not all(prompt.strip() for prompt in cfg.panel_prompt):
         raise InputError("--panel-prompt: empty; write what the picture shows")
     for name in ONLY_LORA if cfg.tune == FULL else ():

@@ -144,7 +144,15 @@ OPTIONS = {  # flags: the end
     "--out ROOT/星/🌸": works("星/🌸/student.safetensors"), "--cache ROOT/星": works(),
     "--out ROOT/a\nb": works("a\nb/student.safetensors"), "--data ROOT/a\nb": refused("no such folder"),
     "--model ROOT/a\nb": refused("no such folder"), "--panel-prompt 星🌸": works(),
+    "--name RAW": refused("--name", "not UTF-8"), "--name LONG": refused("--name", "200 bytes"),
+    "--name dog --tune full": refused("--name dog", "--tune lora"),
 }
+BAD_NAMES = ("", " ", ".", "..", "...", ".hidden", "dog.", "dog ", " dog", "a/b", "/tmp/dog", "../dog", "a\\b",
+             "C:dog", "a<b", "a>b", 'a"b', "a|b", "a?b", "a*", "a\nb", "a\tb", "dog\n", "\x1b[2J", "\x7f", "\x85",
+             "state", "STATE", "teacher", "Teacher", "con", "NUL", "aux.v2", "COM1", "lpt9.dog", "com²", "CONIN$",
+             "dog.safetensors", "dog.SafeTensors", ".safetensors", 51 * "🌸")
+GOOD_NAMES = ("student", "my dog", "dog.v2", "-v2", "犬🌸", "कुत्ता", "state2", "teachers", "console", "a" * 200, "[V]",
+              "$(dog)", "%PATH%", "a'b", "config", "step_000001")
 FOLDERS = {  # attack: damage, flags, the end
     "out, a link to nowhere": (lambda p: p.link.symlink_to(p.nowhere), "--out ROOT/link", refused("ROOT/link")),
     "out, a link to itself": (lambda p: p.link.symlink_to(p.link), "--out ROOT/link", refused("ROOT/link")),
@@ -275,6 +283,16 @@ PERMISSIONS = {  # attack: what is closed, its mode, the program, flags, the end
 
 
 # ---------------------------------------------------------------------------------------------------- the attacks
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_of_files(campaign, name):
+    campaign(TRAIN, None, (f"--name={name}",), refused("--name", "no name for a file on every system"))
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_good_names_of_files(campaign, name):
+    campaign(TRAIN, None, (f"--name={name}",), works(f"run/{name}.safetensors"))
+
+
 @pytest.mark.parametrize("flags", OPTIONS)
 def test_options(campaign, flags):
     campaign(TRAIN, None, flags, OPTIONS[flags])

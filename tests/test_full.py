@@ -186,7 +186,7 @@ def captions_folder(tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("flag, value", [("--rank", "4"), ("--alpha", "2"), ("--quantize", "int8"),
-                                         ("--teacher-lora", "a.safetensors"), ("--compile", None)])
+                                         ("--teacher-lora", "a.safetensors"), ("--compile", None), ("--name", "dog")])
 def test_what_belongs_to_lora_is_refused(flag, value, photos):
     words = ["--data", str(photos), "--tune", "full", flag, *([value] if value else [])]
     with pytest.raises(InputError, match=f"^{flag} .*: belongs to --tune lora; with --tune full"):
