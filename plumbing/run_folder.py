@@ -31,7 +31,7 @@ from plumbing.train_options import FULL, ONLY_LORA, UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
-        "device", "data", "keep", "caption", "save_all")
+        "device", "data", "keep", "caption", "save_all", "config")
 STATE = "state.safetensors"
 TRAINED = (STATE, "student.safetensors", "teacher.safetensors", "student", "teacher")
 
@@ -46,11 +46,10 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str], processes: int) -> Non
     if real(out) in map(real, cfg.data):
         raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
     if cfg.resume:
-        if not (out / STATE).is_file():
-            raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
-        if not (out / "config.json").is_file():
-            raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
-                             "with another --out")
+        for name in (STATE, "config.json"):
+            if not (out / name).is_file():
+                raise InputError(f"--resume: {out / name}: no such file, so no run to continue; restore it, or "
+                                 "leave --resume out to start one")
         config = read_json(out / "config.json", "options")
         before = in_todays_words(config["options"])
         if (earlier := config.get("processes", 1)) != processes:        # may share the same batches in another way
@@ -182,9 +181,8 @@ class Run:
             return ""
         self.watch(loss)
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
-        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
-                                                      "gradient_norm": norm, "seconds": seconds,
-                                                      "peak_memory_gb": memory})
+        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each, "gradient_norm": norm,
+                                                      "seconds": seconds, "peak_memory_gb": memory})
         shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
         said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {in_words(memory)}"
         if not sys.stderr.isatty() and (self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps):
