@@ -120,8 +120,7 @@ class DoubleBlock(nn.Module):
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             self.attn[name] = nn.RMSNorm(dim // heads, eps=eps)
         self.ff, self.ff_context = (nn.ModuleDict({"linear_in": nn.Linear(dim, 2 * hidden, bias=False),
-                                                   "linear_out": nn.Linear(hidden, dim, bias=False)})
-                                    for _ in range(2))
+                                                   "linear_out": nn.Linear(hidden, dim, bias=False)}) for _ in range(2))
 
     def forward(self, streams: tuple[Tensor, Tensor], rope: Tensor, mask: Tensor | None, of_text: tuple[Tensor, ...],
                 of_image: tuple[Tensor, ...], adapter: AdapterBlock) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,5 @@ def load(folder: Path, device: torch.device | str) -> Autoencoder:
     config = read_config(path / "config.json")
     with torch.device("meta"):
         vae = Autoencoder(config)
-    counter = "bn.num_batches_tracked"  # of nn.BatchNorm2d, only used to update the statistics
-    load_strictly(vae, tensors(path), path, device, torch.float32, ignore=(counter,))
+    load_strictly(vae, tensors(path), path, device, torch.float32, ignore=("bn.num_batches_tracked",))  # never used
     return vae.eval()

@@ -61,9 +61,8 @@ class Features:
                                           *encoder_files.text_parts(folder)) if needs_vlm else None
         self.key = "/".join([files.model_key(folder, "vae", "text_encoder", "tokenizer"),
                              backbone_of(folder).class_name, kind,
-                             files.model_key(self.vlm, prefix=encoder_files.VISUAL) if self.vlm else "-",
-                             str(dtype), cfg.teacher_rope,
-                             str(recipe.image_pixels), *([cfg.quantize] if cfg.quantize != FLOAT else [])])
+                             files.model_key(self.vlm, prefix=encoder_files.VISUAL) if self.vlm else "-", str(dtype),
+                             cfg.teacher_rope, str(recipe.image_pixels), *[cfg.quantize] * (cfg.quantize != FLOAT)])
         self.rows, self.examples = rows, place(rows, self.shapes, self.area, cache, self.key, kind)
 
     def encode(self, with_unrelated: bool = True, kept: Sequence[Path] = ()) -> None:

@@ -27,7 +27,7 @@ from plumbing.train_options import FULL, LORA, ONLY_LORA, UNTUNED, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
-        "device", "data", "keep", "caption", "save_all")
+        "device", "data", "keep", "caption", "save_all", "config")
 STATE = "state.safetensors"
 TRAINED = (STATE, "student.safetensors", "teacher.safetensors", "student", "teacher")
 
@@ -42,11 +42,10 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str], processes: int) -> Non
     if real(out) in map(real, cfg.data):
         raise InputError(f"--out {out}: this is the folder of --data; choose another --out")
     if cfg.resume:
-        if not (out / STATE).is_file():
-            raise InputError(f"--resume: {out} holds no run ({STATE} is missing); leave --resume out to start one")
-        if not (out / "config.json").is_file():
-            raise InputError(f"{out / 'config.json'}: no such file; --resume needs it, restore it or start a new run "
-                             "with another --out")
+        for name in (STATE, "config.json"):
+            if not (out / name).is_file():
+                raise InputError(f"--resume: {out / name}: no such file, so no run to continue; restore it, or "
+                                 "leave --resume out to start one")
         config = read_json(out / "config.json", "options")
         before = in_todays_words(config["options"])
         if (earlier := config.get("processes", 1)) != processes:        # may share the same batches in another way

@@ -1,5 +1,4 @@
 """The options of train.py: names, explanations, and what can be seen to be wrong without looking at any file."""
-import math
 import os
 import re
 import sys
@@ -36,6 +35,7 @@ class Options:
     """None means: the value of the checkpoint's recipe, until `fill` puts it there (plumbing/recipes.py)."""
     data: list[str] = option(MISSING, "folder with images and captions, or a .jsonl file (see README); "
                              "several are learned in turns", DATA, nargs="+")
+    config: list[str] = option([], "config.json of a run to repeat; flags beside it win", DATA, metavar="FILE")
     caption: str = option("", "caption of images without one of their own", DATA)
     model: str = option("embedded", "checkpoint to tune: a folder in diffusers layout, a hub id, or embedded, which is "
                         "tiny/model", DATA)
@@ -51,8 +51,7 @@ class Options:
     noise: float = option(0.0, "a, the amount of noise in the rollout's steps; 0 walks the sampler's ODE", METHOD)
     teacher_context: str = option(None, "how the teacher is shown the target: vlm, or reference (FLUX.2)", METHOD,
                                   choices=("vlm", "reference"))
-    tune: str = option(LORA, "what is trained: lora, or full, all weights of the transformer", METHOD,
-                       choices=(LORA, FULL))
+    tune: str = option(LORA, "what is trained: lora, or full, the whole transformer", METHOD, choices=(LORA, FULL))
     teacher_weights: str = option("ema", "the teacher's weights: ema of the student's, a live copy of them, or frozen "
                                   "as they were", METHOD, choices=("ema", "copy", "frozen"),
                                   old={"--teacher": "--teacher-weights", "base": "frozen"})
@@ -62,9 +61,8 @@ class Options:
                                      METHOD, nargs="+", metavar="FILE", old={"base": UNTUNED})
     teacher_rope: str = option("vlm", "rotary base of the teacher's language model: vlm (official) or text", METHOD,
                                choices=("vlm", "text"))
-    keep: str = option(None, "captions whose pictures shall stay as they are, taught by the untuned model beside the "
-                       "concept: a folder or a .jsonl file; or none, which all methods but dopsd and dreambooth start "
-                       "from", METHOD)
+    keep: str = option(None, "captions whose pictures shall stay as they are, a folder or a .jsonl file, taught "
+                       "by the untuned model; or none, which all methods but dopsd and dreambooth start from", METHOD)
     keep_weight: float = option(None, "weight of the loss of --keep beside that of each --data", METHOD)
     keep_batches: int = option(1, "number of batches of --keep beside each batch of --data", METHOD)
     beta: float = option(10.0, "sharpness with which --method pso tells a pair apart", METHOD)
@@ -100,14 +98,14 @@ class Options:
 def check_values(cfg: Options, method: "Method") -> None:
     """Raises InputError on numbers and combinations that cannot work, and notes useless flags; None is the recipe's."""
     for name, least in LEAST.items():
-        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"{flag} {value}: not a usable number; give {least} or more")
-        if value is not None and value > (most := MOST.get(name, 10 ** 9)):
-            raise InputError(f"{flag} {value!s:.40}: more than can be meant; give {most} or less")
+        value, flag, most = getattr(cfg, name), "--" + name.replace("_", "-"), MOST.get(name, 10 ** 9)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{flag} {value!s:.40}: not a usable number; give {least} or more, {most} or less")
     if cfg.ema is not None and not 0 <= cfg.ema <= 1:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     keeps = cfg.keep not in (None, NONE)
+    if cfg.config:          # it has all values of the recipe, also those that this run has no use for: no mistakes
+        cfg = Options(**vars(cfg) | dict.fromkeys(vars(cfg).keys() & Recipe.__dataclass_fields__.keys() - {"keep"}))
     if cfg.grad_states is not None and "learned" not in method.needs and not (keeps and method.keeps == "dopsd"):
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, off-policy and for --keep, not "
                          f"{cfg.method}; leave it out")

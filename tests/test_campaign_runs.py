@@ -8,8 +8,8 @@ import pytest
 import test_campaign_data
 import test_campaign_models
 import torch
-from campaign import (EDITS, EVALUATE, LONG, RAW, SAMPLE, SCORE, TRAIN, Place, cut, edit_json, edit_tensors, either,
-                      folder_instead, refused, said, stopped, train_words, works)
+from campaign import (EDITS, EVALUATE, LONG, RAW, SAMPLE, SCORE, TRAIN, Place, Program, cut, edit_json, edit_tensors,
+                      either, filled, folder_instead, refused, said, stopped, train_words, works)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +183,23 @@ RESUMED = {  # flags of a run of two steps: the end
     "--resume --steps 3 --batch-size 2 --data ROOT/data ROOT/data": refused("--resume", "images"),
     "--resume --out ROOT/run/cache": refused("--resume", STATE),
 }
+CONFIGS = {  # flags: the end of --out ROOT/again with a file of a run of two steps
+    "--config ROOT/run/config.json": works("again/student.safetensors"),
+    "--config ROOT/run/config.json --method sft --grad-states 1": works("again/student.safetensors"),
+    "--config ROOT/run/config.json --out ROOT/run": refused("--out ROOT/run", "another run", "--resume"),
+    "--config ROOT/run/config.json --out ROOT/run --resume --steps 3": works("run/student.safetensors"),
+    "--config ROOT/run/config.json --data ROOT/nowhere": refused("ROOT/nowhere: no such folder"),
+    "--config ROOT/run/config.json --lr nan": refused("--lr nan"),
+    "--config ROOT/run/config.json --rank 0": refused("--rank 0"),
+    "--config ROOT/run/config.json --config ROOT/run/config.json": refused("--config: given twice"),
+    "--config ROOT/nowhere.json": refused("ROOT/nowhere.json", "No such file"), "--config ": refused("--config ''"),
+    "--config ROOT/run": refused("'ROOT/run': error:", "Is a directory"), "--config ROOT/LONG": refused("xxx"),
+    "--config ROOT/a\nb": refused("ROOT/a\\nb", "No such file"), "--config ROOT/RAW": refused("config.json of a run"),
+    f"--config ROOT/run/{METRICS}": refused(METRICS, "JSON"),
+    f"--config ROOT/run/{STATE}": refused(STATE, "not the config.json of a run"),
+    "--config ROOT/model/model_index.json": refused("model_index.json", "'options'"),
+    "--config REPO/tiny/model/transformer/config.json": refused("transformer/config.json", "'options'"),
+}
 CACHES = {  # attack: damage of the cache, the end
     "nothing": (lambda c: None, works()), "files cut": (lambda c: each(c, cut), works()),
     "files that are texts": (lambda c: each(c, lambda path: write(path, "hello, a text")), works()),
@@ -300,6 +317,13 @@ def test_resumed(again, flags):
     again(TRAIN, None, flags, RESUMED[flags])
 
 
+@pytest.mark.parametrize("flags", CONFIGS)
+def test_configs(again, flags):
+    """A file of a run says all."""
+    out = "" if "--out" in flags else " --out ROOT/again"
+    again(Program(TRAIN.main, filled, TRAIN.result), None, f"{flags}{out}", CONFIGS[flags])
+
+
 @pytest.mark.parametrize("attack", CACHES)
 def test_caches(again, attack):
     damage, end = CACHES[attack]
@@ -335,4 +359,4 @@ def test_tiny(campaign, attack):
 def test_the_campaign_is_large():
     tables = [table for module in (test_campaign_data, test_campaign_models, sys.modules[__name__])
               for name, table in vars(module).items() if name.isupper() and isinstance(table, dict)]
-    assert len(tables) == 17 and sum(map(len, tables)) > 450
+    assert len(tables) == 18 and sum(map(len, tables)) > 450

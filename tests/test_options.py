@@ -1,9 +1,11 @@
 """The command lines that are made from dataclasses: what they refuse, and what their help says."""
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ from encoder import TEACHER_CONTEXTS
 from loss import WEIGHTS
 from plumbing import recipes, train_options
 from plumbing.checkpoints import BACKBONES
-from plumbing.files import ROOT
+from plumbing.files import ROOT, InputError
 from plumbing.options import option, parse
 from plumbing.quantized import FLOAT, INT8
 
@@ -89,6 +91,68 @@ def test_data_and_teachers_add_up():
     assert parse(train.Options, ["--data", "a"], "").teacher_lora == []
 
 
+# ------------------------------------------------------------------------------------------- --config
+def config(folder: Path, **options) -> str:
+    """The path of a run's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({"recipe": "some", "options": options}))
+    return str(path)
+
+
+def test_a_file_has_the_values_of_flags_that_are_not_given(tmp_path):
+    words = ["--data", "a", "b", "--method", "sft", "--lr", "1e-5", "--caption", "- a [V] dog, = 1", "--compile",
+             "--no-checkpointing", "--panel-prompt", "x y", "--panel-prompt=-z", "--noise", "0.5", "--out", "here",
+             "--save-all", "--teacher-lora", "image", "untuned"]
+    first = parse(train.Options, words, "")
+    path = config(tmp_path, **dataclasses.asdict(first))
+    again = parse(train.Options, ["--config", path], "")
+    assert again == dataclasses.replace(first, config=[path]) and again.panel_prompt == ["x y", "-z"]
+    changed = parse(train.Options, ["--data", "c", "--config", path, "--lr", "2", "--no-compile", "--checkpointing",
+                                    "--method", "pso", "--panel-prompt", "w"], "")
+    assert changed == dataclasses.replace(first, config=[path], data=["c"], lr=2.0, compile=False, checkpointing=True,
+                                          method="pso", panel_prompt=["w"])
+
+
+def test_what_a_file_does_not_have_or_is_not_taken_over(tmp_path):
+    """None is what the recipe fills in; a repeated run is no continued one; earlier spellings are understood."""
+    path = config(tmp_path, data=["a"], lr=None, teacher_lora=[], resume=True, config=["other"], teacher="base")
+    found = parse(train.Options, ["--config", path], "")
+    assert found == train.Options(["a"], config=[path], teacher_weights="frozen")
+    assert parse(train.Options, ["--config", path, "--resume"], "").resume
+
+
+@pytest.mark.parametrize("options, said", [
+    ({}, "the following arguments are required: --data"),
+    ({"momentum": 3}, "--momentum=3: not an option of this version"), ({"mode": "x"}, "--mode=x: not an option"),
+    ({"steps": "many"}, "argument --steps: invalid int value: 'many'"), ({"steps": 1.5}, "--steps: invalid int"),
+    ({"steps": True}, "argument --steps: expected one argument"), ({"steps": False}, "--no-steps: not an option"),
+    ({"size": [64, 32]}, "size: not an option of this version, or not with such a value"),
+    ({"model": {"a": 1}}, "model: not an option of this version, or not with such a value"),
+    ({"compile": "yes"}, "argument --compile/--no-compile: ignored explicit argument 'yes'"),
+    ({"method": "dpo"}, "argument --method: invalid choice: 'dpo'"), ({"caption": "a\udcff"}, "--caption.*not UTF-8"),
+])
+def test_wrong_options_in_a_file_name_it(tmp_path, capsys, options, said):
+    path = config(tmp_path, **(options and {"data": ["a"]} | options))
+    with pytest.raises(SystemExit) as caught:
+        parse(train.Options, ["--config", path], "")
+    usage, line = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and re.search(f"--config {path!r}: error: .*{said}", line) and "usage" in usage
+
+
+def test_values_of_the_recipe_in_a_file_are_no_mistakes(tmp_path, capsys):
+    """A file has all of them, so it may be repeated with another method; what is given is still looked at."""
+    filled = recipes.fill(train.Options(["a"], keep="none"), recipes.SMALL)
+    path = config(tmp_path, **dataclasses.asdict(filled))
+    for words in (["--method", "sft"], ["--method", "pso"], ["--tune", "full"]):
+        cfg = parse(train.Options, ["--config", path, *words], "")
+        train_options.check_values(cfg, train.METHODS[cfg.method])
+        assert cfg.rank == 16 and cfg.grad_states == 1 and capsys.readouterr().err == ""
+    for words, said in ((["--lr", "-1"], "--lr -1.0"), (["--tune", "full", "--quantize", "int8"], "--quantize int8")):
+        with pytest.raises(InputError, match=said):
+            train_options.check_values(parse(train.Options, ["--config", path, *words], ""), train.METHODS["dopsd"])
+
+
+# ------------------------------------------------------------------------------------------- --help
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_help_has_every_option_under_a_heading(program, capsys):
     shown = help_of(program, capsys)
@@ -124,6 +188,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("words, status", [("train.py --help", 0), ("train.py --data photos --bach-size 2", 2),
                                            ("train.py --data photos --method dpo", 2), ("sample.py --help", 0),
+                                           ("train.py --config nowhere.json", 2),
                                            ("sample.py --promt star", 2)])
 def test_the_command_line_is_read_before_what_is_slow_to_import(words, status):
     """In a new process, as a program: at its end no large package was imported."""
@@ -132,7 +197,8 @@ def test_the_command_line_is_read_before_what_is_slow_to_import(words, status):
                   f"try: runpy.run_path({str(ROOT / file)!r}, run_name='__main__')\n"
                   f"finally: print('heavy:', *{HEAVY} & set(sys.modules))")
     assert done.returncode == status and done.stdout.splitlines()[-1] == "heavy:", done.stderr
-    assert ("usage:" in done.stdout) if status == 0 else re.search(r"error: .*(--bach-size|dpo|--promt)", done.stderr)
+    wrong = r"error: .*(--bach-size|dpo|--promt|nowhere)"
+    assert ("usage:" in done.stdout) if status == 0 else re.search(wrong, done.stderr)
 
 
 def test_who_imports_a_program_is_not_asked_for_words():
