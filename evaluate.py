@@ -78,13 +78,14 @@ from networks import vae as autoencoder
 from plumbing import encoder_files, judges, lora_files, report
 from plumbing.checkpoints import (backbone_of, check_quantize, latent_shape, model_folder, recipe_of, shift_rule,
                                   starting_noise)
-from plumbing.files import ROOT, broken, check_writable, read_json, write_json
+from plumbing.files import ROOT, check_writable, write_json
 from plumbing.judges import OBJECT, STYLE
 from plumbing.machine import check_memory, device_and_dtype, free, sampling_gb
 from plumbing.pictures import open_image, panel, save_png, to_image, to_tensor
 from plumbing.program import run as run_program
 from plumbing.scores import BASE, NEW, ORDINARY, STUDENT, TRAINING, row_of, told
-from plumbing.train_options import FULL, LORA, NONE
+from plumbing.train_options import FULL, NONE
+from plumbing.train_options import Options as TrainOptions
 from rollout import sample, sigma_grid
 from tiny.exact import exact
 
@@ -128,24 +129,21 @@ def subject_of(cfg: Options) -> Subject:
     if bool(cfg.run) == bool(cfg.lora) or cfg.run and (cfg.data or cfg.model) or cfg.lora and not cfg.data:
         raise InputError("--run, --lora: give --run DIR of train.py, or --data DIR and --lora FILE, with --model if it "
                          "is not the embedded one")
-    options = {"name": "student", "caption": "", "quantize": NONE, "tune": LORA, "data": [cfg.data],
-               "model": cfg.model or "embedded"}
+    config = Path(cfg.run or "") / "config.json"
     if cfg.run:
-        path = Path(cfg.run) / "config.json"
-        options |= {key: value for key, value in read_json(path, "options")["options"].items() if value is not None}
-        texts = [options[key] for key in ("model", "name", "caption", "quantize", "tune")]
-        if not isinstance(options["data"], list) or not all(isinstance(text, str) for text in (*options["data"], *texts)):
-            raise broken(path, "does not say data and model as a run's does", "give --data, --lora and --model instead")
-    rows = [row for folder in options["data"] for row in read_folder(folder, True, options["caption"])]
+        if not config.is_file():
+            raise InputError(f"--run {cfg.run}: no config.json there; give the folder of a run of train.py")
+        trained = parse(TrainOptions, ["--config", str(config)], "")
+    else:
+        trained = TrainOptions([cfg.data or ""], model=cfg.model or "embedded", name=Path(cfg.lora or "").stem)
+    rows = [row for folder in trained.data for row in read_folder(folder, True, trained.caption)]
     if any(row.sources for row in rows):
-        raise InputError(f"{options['data'][0]}: for editing, which is not scored here; look at the run's panels, or, "
-                         "of the embedded FLUX.2, run python -m tiny.score_edits")
-    trained = Path(cfg.run or "")
-    lora_file, transformer = cfg.lora or str(trained / f"{options['name']}.safetensors"), None
-    if options["tune"] == FULL:
-        lora_file, transformer = None, str(trained / "student" / "transformer")
-    return Subject(model_folder(options["model"]), options["data"], rows, Path(cfg.out or cfg.run or "out/evaluation"),
-                   cfg.quantize or options["quantize"], options["caption"], lora_file, transformer)
+        raise InputError(f"{trained.data[0]}: for editing, which is not scored here; look at the run's panels, or, of "
+                         "the embedded FLUX.2, run python -m tiny.score_edits")
+    full = str(config.with_name("student") / "transformer") if trained.tune == FULL else None
+    adapter = None if full else cfg.lora or str(config.with_name(f"{trained.name}.safetensors"))
+    return Subject(model_folder(trained.model), trained.data, rows, Path(cfg.out or cfg.run or "out/evaluation"),
+                   cfg.quantize or trained.quantize, trained.caption, adapter, full)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def find(name: str, kinds: tuple[str, ...], flag: str) -> Path:
     try:
         folder = files.checkpoint(name, "config.json", FILES)
     except InputError as error:
-        raise InputError(f"{flag} {error}; or leave this measure out: {flag} none") from None
+        raise InputError(f"{flag} {str(error).split('; ')[0]}; give a folder in transformers' layout or a hub id, or "
+                         f"leave this measure out: {flag} none") from None
     found = files.read_json(folder / "config.json", "model_type")["model_type"]
     if found not in kinds:
         raise InputError(f"{flag} {name}: its config.json has model_type {found!r}, expected {' or '.join(kinds)}; "

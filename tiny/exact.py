@@ -21,7 +21,7 @@ def exact(subject, steps: list[int], seed: int) -> tuple[list[dict], list[str]]:
     subject: of evaluate.py. Raises InputError on data that is not of this world.
     """
     judge = score.Judge(subject.folder, subject.quantize)
-    exam = score.Exam(judge, subject.data[0], NEW_SCENES, ORDINARY_SCENES, seed)
+    exam = score.Exam(judge, subject.data[0], NEW_SCENES, ORDINARY_SCENES, seed, subject.caption)
     untuned = tuned = judge.net
     if subject.transformer:
         tuned = backbone_of(subject.folder).load(subject.folder, "cpu", torch.float32, quantize=subject.quantize,

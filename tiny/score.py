@@ -56,12 +56,13 @@ class Prompts:
     kind: str                       # of the concept that [V] stands for, "object" or "style"; "" without [V]
 
 
-def read_pictures(folder: str, editing: bool = False) -> tuple[list[data.Row], Tensor]:
+def read_pictures(folder: str, editing: bool = False, caption: str = "") -> tuple[list[data.Row], Tensor]:
     """Rows of a data folder and their pictures (n, 3, 64, 64).
 
-    Raises InputError unless all rows (editing) or none have source images, and where a caption does not say [V].
+    caption: of pictures without one. Raises InputError unless all rows (editing) or none have source images, and where
+    a caption does not say [V].
     """
-    rows = data.read_folder(folder)
+    rows = data.read_folder(folder, caption=caption)
     if any(bool(row.sources) != editing for row in rows):
         says = "no data for editing; use tiny.score" if editing else "data for editing; use tiny.score_edits"
         raise InputError(f"{folder}: {says}")
@@ -83,9 +84,9 @@ def read_scenes(rows: list[data.Row], pictures: Tensor, reader: Reader) -> Tenso
     return reading.rows
 
 
-def concept_of(folder: str, reader: Reader) -> tuple[str, Tensor, Tensor]:
+def concept_of(folder: str, reader: Reader, caption: str = "") -> tuple[str, Tensor, Tensor]:
     """("object" or "style", the attributes read from the first picture (9,), all pictures (n, 3, 64, 64))."""
-    rows, pictures = read_pictures(folder)
+    rows, pictures = read_pictures(folder, caption=caption)
     kind = "style" if "in [V] style" in rows[0].captions[0] else "object"
     return kind, read_scenes(rows, pictures, reader)[0], pictures
 
@@ -198,9 +199,10 @@ def each_of_ordinary(reading: Reading, prompts: Prompts) -> dict[str, Tensor]:
 class Exam:
     """What all adapters for some data are asked, and the noises that they draw from."""
 
-    def __init__(self, judge: Judge, folder: str, concept: int, ordinary: int, seed: int) -> None:
+    def __init__(self, judge: Judge, folder: str, concept: int, ordinary: int, seed: int, caption: str = ""
+                 ) -> None:
         """folder: of the data. concept, ordinary: numbers of new prompts with [V] and without. Raises InputError."""
-        kind, scene, pictures = concept_of(folder, judge.reader)
+        kind, scene, pictures = concept_of(folder, judge.reader, caption)
         g = generator(seed + 50, 0)
         self.judge, self.new = judge, concept_prompts(kind, scene, concept, g)
         self.ordinary = ordinary_prompts(ordinary, g)
