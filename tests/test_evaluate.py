@@ -18,7 +18,7 @@ from plumbing import judges
 from plumbing.files import ROOT, InputError
 from plumbing.pictures import open_image
 from plumbing.scores import compared, row_of, told
-from tiny import score
+from tiny import exact, score
 
 STAR = ROOT / "examples" / "star"
 
@@ -189,13 +189,19 @@ def test_the_vlm_writes_prompts(run, networks, few, monkeypatch, capsys):  # noq
     assert all(row["student"] == row["base"] == 3 and row["difference"]["mean"] == 0 for row in verdicts)
 
 
+@pytest.mark.quick
+def test_exact_has_all_of_tiny_score():
+    known = score.COLUMNS["new prompts with [V]"].keys() | score.COLUMNS["ordinary prompts"].keys()
+    assert exact.EXACT.keys() == known | {"sharpness", "change, pixels"}
+
+
 def test_exact_figures_are_those_of_tiny_score(tmp_path, monkeypatch, capsys):
     """A short run on the star: means of single pictures, against the sums of tiny.score."""
     out = tmp_path / "star"
     words = ["--data", str(STAR), "--steps", "3", "--sample-every", "0", "--out", str(out), "--keep", "none"]
     assert train.main(words) == 0
-    monkeypatch.setattr(evaluate.sys.modules["tiny.exact"], "NEW_SCENES", 6)
-    monkeypatch.setattr(evaluate.sys.modules["tiny.exact"], "ORDINARY_SCENES", 10)
+    monkeypatch.setattr(exact, "NEW_SCENES", 6)
+    monkeypatch.setattr(exact, "ORDINARY_SCENES", 10)
     assert evaluate.main(["--run", str(out)]) == 0
     rows = {row["measure"]: row for row in json.loads((out / "scores.json").read_text())["rows"]}
     words = ["score", "--data", str(STAR), "--lora", f"mine={out / 'student.safetensors'}", "--out",
