@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -44,19 +45,26 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flop = 0
         self.seen: dict[int, weakref.ref] = {}
+        self.sizes: dict[int, int] = {}                                 # of the same
 
     def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
+        """A tensor that is one process's part of a whole counts as that part."""
+        storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        key = id(storage)
         if key in self.seen:
             return
 
         def gone(_: weakref.ref) -> None:
             del self.seen[key]
-            self.now -= size
+            self.now -= self.sizes.pop(key)
 
-        self.seen[key] = weakref.ref(storage, gone)
-        self.now += size
+        self.seen[key], self.sizes[key] = weakref.ref(storage, gone), 0
+        self.resize(storage, storage.nbytes())
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """A storage that is counted has `size` bytes from now on: a fake one does not show that it was resized."""
+        self.now += size - self.sizes[id(storage)]
+        self.sizes[id(storage)] = size
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -81,7 +89,8 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return torch.empty_like(gradient), None                         # the weights of norms are frozen
+        weight = ctx.saved_tensors[1] if ctx.needs_input_grad[1] else None      # with --tune full
+        return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
 
 
 @contextmanager

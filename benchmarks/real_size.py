@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import lora
-from benchmarks import official
+from benchmarks import official, sharded
 from benchmarks.live import GIB, Grid, Live, fused_norms
 from loss import weight_of
 from model import Z_IMAGE, Context
@@ -57,7 +57,7 @@ class Options:
     backbone: str = option("zimage", "whose architecture", choices=tuple(BACKBONES))
     size: int = option(TURBO.size, "side of the training picture in pixels")
     rank: int = option(TURBO.rank, "rank of the LoRA")
-    tune: str = option(LORA, "lora; or full, for which it only sums up what 1 to 8 GPUs need each",
+    tune: str = option(LORA, "lora; or full, for which it tells what each of 1 to 8 GPUs needs",
                        choices=(LORA, FULL))
     quantize: str = option(FLOAT, "the frozen Linear weights of the blocks: none, or int8", choices=(FLOAT, INT8))
     batch_size: int = option(TURBO.batch_size, "number of images in a forward pass")
@@ -105,6 +105,12 @@ def contexts(cfg: Options, config: dict, device: torch.device) -> tuple[list[Con
     return repeat(PADDED, config["joint_attention_dim"]), repeat(PADDED, config["joint_attention_dim"], target)
 
 
+def noise(cfg: Options, config: dict, device: torch.device) -> Tensor:
+    """x at sigma = 1."""
+    channels = config["in_channels"] // (1 if cfg.backbone == "zimage" else 4)
+    return torch.randn(cfg.batch_size, channels, cfg.size // 8, cfg.size // 8, device=device)
+
+
 class Program:
     """Ours, or the released one: the network, what is tuned, and one optimizer step."""
 
@@ -124,8 +130,7 @@ class Program:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()                                           # makes the moments
         self.is_single = cfg.accumulate * (1 if released else cfg.grad_states) == 1     # backward pass of a step
-        channels = config["in_channels"] // (1 if cfg.backbone == "zimage" else 4)
-        self.x = torch.randn(cfg.batch_size, channels, cfg.size // 8, cfg.size // 8, device=device)
+        self.x = noise(cfg, config, device)
         self.c_s, self.c_t = contexts(cfg, config, device)
 
     def losses(self, sigmas: Tensor, learned: list[int]) -> Iterator[Tensor]:
@@ -228,26 +233,43 @@ def line(name: str, found: dict) -> str:
             f"{found['simulated_gib']:.1f} GiB")
 
 
-def summed(cfg: Options) -> str:
-    """A line for each number of GPUs: GiB of each, with and without an untuned model for --keep (machine.py's sums)."""
-    model, lines = skeleton(cfg, BACKBONES[cfg.backbone][1], released=False), []
+def of_one(cfg: Options, config: dict, processes: int, keeps: bool) -> tuple[float, float]:
+    """GiB of each of the processes that share all weights, between steps and at the peak; keeps: with an untuned model
+    for --keep."""
+    def load(dtype: torch.dtype) -> nn.Module:
+        model = skeleton(cfg, config, released=False)
+        fill(model, dtype, torch.device("cpu"))
+        return model
+
+    def inputs() -> tuple[Tensor, list[Context], list[Context]]:
+        return noise(cfg, config, torch.device("cpu")), *contexts(cfg, config, torch.device("cpu"))
+
+    sigmas = sigma_grid(3.0, TURBO.rollout_steps).tolist()
+    return sharded.simulate(load, inputs, weight_of("x0"), sigmas, processes, keeps)
+
+
+def shared(cfg: Options, config: dict) -> Iterator[str]:
+    """A line for each number of GPUs: GiB of each, with and without an untuned model for --keep; beside them the sums
+    by which train.py checks what fits (machine.py)."""
+    model, tokens = skeleton(cfg, config, released=False), (cfg.size // 16) ** 2
     given = SimpleNamespace(**vars(cfg), method="dopsd", teacher_weights="ema",
                             teacher_context="vlm" if cfg.backbone == "zimage" else "reference")
-    tokens = (cfg.size // 16) ** 2
     for processes in (1, 2, 4, 8):
-        each = [trained_gb(SimpleNamespace(**vars(given), keep=keep), torch.bfloat16, model, processes)
+        sums = [trained_gb(SimpleNamespace(**vars(given), keep=keep), torch.bfloat16, model, processes)
                 + activations_gb(given, tokens, torch.bfloat16, model) for keep in (NONE, "captions")]
-        lines.append(f"{cfg.backbone}, {processes} GPUs: {each[0]:.1f} GiB each, {each[1]:.1f} with --keep (summed)")
-    return "\n".join(lines)
+        peaks = [of_one(cfg, config, processes, keeps)[1] for keeps in (False, True)]
+        yield (f"{cfg.backbone}, {processes} GPUs: {peaks[0]:.1f} GiB each, {peaks[1]:.1f} with --keep (simulated); "
+               f"summed {sums[0]:.1f}, {sums[1]:.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Options, argv, "One D-OPSD step at the true sizes, on random weights.")
     cfg.checkpointing = cfg.checkpointing is not False
-    if cfg.tune == FULL:
-        print(summed(cfg))
-        return
     config = BACKBONES[cfg.backbone][1]
+    if cfg.tune == FULL:
+        for words in shared(cfg, config):
+            print(words, flush=True)
+        return
     ours = measure(cfg, config, released=False)
     print(line("ours", ours), flush=True)
     beside = {}

@@ -42,6 +42,30 @@ def test_attention_counts_and_is_not_kept_as_a_square():
     assert live.flop == 7 * 2 * heads * N * N * D
 
 
+def test_what_was_resized_counts_as_it_is():
+    """So FSDP2 frees a block: its storage stays and is empty."""
+    with FakeTensorMode(), Live() as live:
+        a = torch.empty(6)
+        live.resize(a.untyped_storage(), 0)
+        assert live.now == 0 and live.peak == 24
+        live.resize(a.untyped_storage(), 24)
+        del a
+        assert live.now == 0 and live.peak == 24
+
+
+def test_shared_weights_are_shared(monkeypatch):
+    """20 bytes a weight over the processes, 2 more for the untuned model, and what a step adds to that."""
+    monkeypatch.setitem(BACKBONES, "klein-4b", (BACKBONES["klein-4b"][0], KLEIN_TINY))
+    cfg = Options(backbone="klein-4b", size=128, checkpointing=True)
+    model = real_size.skeleton(cfg, KLEIN_TINY, released=False)
+    weights = sum(parameter.numel() for parameter in model.parameters()) / GIB
+    alone, _ = real_size.of_one(cfg, KLEIN_TINY, 1, keeps=False)
+    shared, peak = real_size.of_one(cfg, KLEIN_TINY, 2, keeps=True)
+    assert alone - shared == pytest.approx((20 - 22 / 2) * weights, rel=0.01)
+    assert alone > 20 * weights and peak > shared + weights
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("backbone, layers, options", [
     ("zimage", {"n_layers": 2, "n_refiner_layers": 1}, {}),
     ("zimage", {"n_layers": 2, "n_refiner_layers": 1}, {"size": 768, "rank": 16, "quantize": "int8"}),
