@@ -19,6 +19,7 @@ except ImportError:             # Windows
     fcntl = None                # type: ignore[assignment]
 
 from lora import Tuned
+from plumbing import report
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_ours, keep_json_lines, open_safetensors,
                             read_json, real, write_json, write_tensors)
@@ -136,6 +137,7 @@ class Run:
             self.tuned.save(folder, facts, self.with_teacher)
         if self.team.is_first:
             write_tensors(self.out / STATE, state, {"step": str(self.step)})
+            report.write(self.out)
 
     @contextmanager
     def saved_on_errors(self) -> Iterator[None]:
@@ -176,15 +178,13 @@ class Run:
             self.optimizer.state[parameter] = {"step": state[f"adam.{name}.step"], **moments}
 
     def log(self, loss: float, losses: dict[str, float], norm: float, seconds: float) -> str:
-        """One more line of metrics.jsonl; returns the same for people. losses: of each task, of which `loss` is the
-        weighted mean."""
+        """One more line of metrics.jsonl; returns it for people. `loss` is the weighted mean of the tasks' losses."""
         if not self.team.is_first:
             return ""
         self.watch(loss)
         memory, each = peak_memory_gb(self.tuned.device), {"losses": losses} if len(losses) > 1 else {}
-        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each,
-                                                      "gradient_norm": norm, "seconds": seconds,
-                                                      "peak_memory_gb": memory})
+        append_json_line(self.out / "metrics.jsonl", {"step": self.step, "loss": loss, **each, "gradient_norm": norm,
+                                                      "seconds": seconds, "peak_memory_gb": memory})
         shown = "".join(f" {name} {value:.4f}" for name, value in losses.items()) if each else f" {loss:.4f}"
         said = f"loss{shown}, grad {norm:.3f}, {seconds:.2f} s/step, {in_words(memory)}"
         if not sys.stderr.isatty() and (self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps):
@@ -207,13 +207,14 @@ class Run:
             keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
             write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
                                                   "data": data, "processes": self.team.size, **provenance()})
+            report.write(self.out)
 
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
     """What the run is about to do. tasks: of train.py."""
     shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
-    memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model, run.team.size)
-    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {in_words(memory)}"
+    memory = in_words(training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model, run.team.size))
+    print(f"report   {run.out / report.NAME}\nmodel    {folder} on {run.tuned.device}, {cfg.dtype}, about {memory}"
           f"{', blocks recomputed' * cfg.checkpointing}")
     values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None
               and not (cfg.tune == FULL and name in ONLY_LORA)]
@@ -222,9 +223,8 @@ def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> N
     for task in tasks:
         buckets = ", ".join(f"{count} of {width}x{height}" + (f" with {sources} source(s)" if sources else "")
                             for (height, width, sources), count in task.dataset.buckets.items())
-        name = f" of {task.name}" if len(tasks) > 1 else ""
         what = "images  " if task.dataset.examples[0].row.image else "captions"
-        print(f"{what} {len(task.dataset.examples)}{name}: {buckets}")
+        print(f"{what} {len(task.dataset.examples)}{f' of {task.name}' * (len(tasks) > 1)}: {buckets}")
     disk = in_words(disk_gb(cfg, getattr(torch, cfg.dtype), run.tuned.model))
     print(f"steps    {run.step} -> {cfg.steps}, run in {run.out}, up to {disk} on disk", flush=True)
 
