@@ -43,7 +43,7 @@ import lora
 from baselines import BASELINES, Method, Prior, passes_of_rollout
 from encoder import check_references
 from loss import Weight, weight_of
-from plumbing import lora_files, program
+from plumbing import lora_files, program, report
 from plumbing.checkpoints import backbone_of, check_quantize, model_folder, recipe_of, shift_rule, warn_undistilled
 from plumbing.features import Features, fingerprint_of
 from plumbing.full import Full, tuned_of
@@ -150,8 +150,7 @@ def clip_and_check(run: Run, tasks: list[Task], losses: dict[str, Tensor]) -> tu
 def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: Shift) -> int:
     """The loop; returns the exit status. Leaves a saved state behind whichever way it ends."""
     m = {"ema": cfg.ema, "copy": 0.0, "frozen": 1.0}[cfg.teacher_weights]
-    if cfg.sample_every and (run.step == cfg.steps or run.step % cfg.sample_every == 0):    # Ctrl-C may have come first
-        draw_panel(cfg, run, panels, tasks)                             # at 0: can the teacher draw the concept at all?
+    draw_panel(cfg, run, panels, tasks)                                 # at 0: can the teacher draw the concept at all?
     bar = tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, disable=run.team.rank > 0 or None)
     with program.Interrupt() as interrupt, run.saved_on_errors():
         for _ in bar:
@@ -169,19 +168,20 @@ def train(cfg: Options, run: Run, tasks: list[Task], panels: Panels, shift_of: S
             if interrupt.asked:
                 print(f"interrupted: step {run.step} is saved in {run.out}; --resume continues", file=sys.stderr)
                 return 128 + interrupt.asked
-            if cfg.sample_every and (done or run.step % cfg.sample_every == 0):
-                draw_panel(cfg, run, panels, tasks)
-    print(f"done     {run.out / run.tuned.saved}" + f", panels in {run.out / 'samples'}" * bool(cfg.sample_every))
+            draw_panel(cfg, run, panels, tasks)
+    print(f"done     {run.out / run.tuned.saved}, report in {run.out / report.NAME}")
     return 0
 
 
 def draw_panel(cfg: Options, run: Run, panels: Panels, tasks: list[Task]) -> None:
-    """samples/step_N.png of the current step."""
-    if run.tuned.draws:
+    """samples/step_N.png of the current step, if it is the last or one of --sample-every; and the page that has it."""
+    if run.tuned.draws and cfg.sample_every and (run.step == cfg.steps or run.step % cfg.sample_every == 0):
         panels.draw(run.out / "samples" / f"step_{run.step:06d}.png", f"{cfg.method}, step {run.step} of {cfg.steps}",
                     run.tuned.student, run.tuned.teacher if shows_target(cfg, METHODS[cfg.method]) else None,
                     {f"teacher of {task.name}": task.teacher for task in tasks if task.teacher and task.in_panels},
                     run.team.is_first)
+        if run.team.is_first:
+            report.write(run.out)
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lora import Tuned
+from plumbing import report
 from plumbing.checkpoints import EMBEDDED
 from plumbing.files import (ROOT, InputError, append_json_line, check_ours, keep_json_lines, open_safetensors,
                             read_json, real, write_json, write_tensors)
@@ -133,6 +134,7 @@ class Run:
             self.tuned.save(folder, facts, self.with_teacher)
         if self.team.is_first:
             write_tensors(self.out / STATE, state, {"step": str(self.step)})
+            report.write(self.out)
 
     @contextmanager
     def saved_on_errors(self) -> Iterator[None]:
@@ -201,13 +203,14 @@ class Run:
             keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
             write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
                                                   "data": data, "processes": self.team.size, **provenance()})
+            report.write(self.out)
 
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
     """What the run is about to do. tasks: of train.py."""
     shown = ("method", "loss", "rollout_steps", "grad_states", "lr", "rank", "alpha", "ema", "batch_size", "accumulate")
-    memory = training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model, run.team.size)
-    print(f"model    {folder} on {run.tuned.device}, {cfg.dtype}, about {in_words(memory)}"
+    memory = in_words(training_gb(cfg, folder, getattr(torch, cfg.dtype), run.tuned.model, run.team.size))
+    print(f"report   {run.out / report.NAME}\nmodel    {folder} on {run.tuned.device}, {cfg.dtype}, about {memory}"
           f"{', blocks recomputed' * cfg.checkpointing}")
     values = [f"{name} {getattr(cfg, name)}" for name in shown if getattr(cfg, name) is not None
               and not (cfg.tune == FULL and name in ONLY_LORA)]

@@ -593,4 +593,4 @@ def test_without_a_terminal_steps_are_lines_and_the_end_says_where_things_are(ru
     out = run("lines", "--steps", 5, "--save-every", 2, "--sample-every", 5)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("step ", "done "))]
     assert [line.split(":")[0] for line in said[:3]] == ["step 2 of 5", "step 4 of 5", "step 5 of 5"]
-    assert said[3] == f"done     {out / 'student.safetensors'}, panels in {out / 'samples'}" and "loss" in said[0]
+    assert said[3] == f"done     {out / 'student.safetensors'}, report in {out / 'report.html'}" and "loss" in said[0]
