@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import sample
 import train
 from plumbing.files import ROOT
+from plumbing.options import parse
 
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -105,6 +107,16 @@ def test_commands_name_what_is_there_or_what_an_earlier_one_writes(path):
                 assert run in made or (run == "out/star" and path.parent != ROOT), f"{command}: no command makes {word}"
             elif word.startswith(("examples/", "tiny/", "captions/", "docs/")):
                 assert (ROOT / word).exists(), f"{command}: {word} does not exist"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_the_two_programs_parse(path):
+    """Flags that are gone, values that are none of the choices, a value too few."""
+    programs = {"train.py": train, "sample.py": sample}
+    for words in map(shlex.split, commands(path)):
+        name = next((word for word in words if word in programs), None)
+        if words[0] in ("python", "torchrun") and name:
+            parse(programs[name].Options, words[words.index(name) + 1:], "")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
