@@ -177,8 +177,8 @@ class Plan:
         objects, styles = ([name for name in self.test if concepts[name]["kind"] == kind]
                            for kind in ("object", "style"))
         self.titles = {row: row_of_name(row)[0] for row in (*ROWS, *settings.rows)}
-        rates = dict(settings.fixed)                                # a new row has D-OPSD's, if that is not chosen
-        self.given = {row: rates["dopsd"] for row in settings.rows if row not in ROWS and "dopsd" in rates} | rates
+        fixed = dict(settings.fixed)                                # a new row has D-OPSD's rate, if that is given
+        self.given = {row: fixed["dopsd"] for row in settings.rows if row not in ROWS and "dopsd" in fixed} | fixed
         self.curve_concepts = objects[:settings.curve_objects] + styles[:settings.curve_styles]
 
     def cost(self, method: str, options: dict) -> tuple[float, float]:

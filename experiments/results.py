@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -87,9 +87,10 @@ class Results:
         """Make the file ready for new lines: whole ones only, the settings in it."""
         write_json_lines(self.path, [{"settings": self.key, "facts": self.facts}, *self.measured.values()])
 
-    def take_over(self, other: "Results") -> None:
-        """The other's measurements beside our own."""
-        self.measured = {m: {**line, "settings": self.key} for m, line in other.measured.items()} | self.measured
+    def take_over(self, other: "Results", wanted: Callable[[Training], bool]) -> None:
+        """The other's measurements of these trainings beside our own."""
+        self.measured = {m: {**line, "settings": self.key} for m, line in other.measured.items()
+                         if wanted(m.training)} | self.measured
 
     def add(self, line: dict) -> None:
         """One more measurement."""

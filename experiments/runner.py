@@ -33,8 +33,8 @@ STUDENT = "student.safetensors"     # what train.py makes
 
 
 @dataclass
-class Options:
-    """Of all long experiments."""
+class Common:
+    """Options of all long experiments."""
     quick: bool = option(False, "a small version: one seed, few steps and prompts")
     report: bool = option(False, "run nothing: the table of the results that are there")
     workers: int = option(1, "number of processes, each with one thread")
@@ -145,7 +145,7 @@ def results_folder(options, name: str) -> Path:
 def program_of(name: str, about: str, whole, quick, run: Callable, write: Callable, argv: list[str] | None) -> int:
     """A smaller experiment; the exit status. whole, quick: settings. run(settings, out, workers, model) measures,
     write(results, out) makes the tables of NAME.jsonl."""
-    options = parse(Options, argv, about)
+    options = parse(Common, argv, about)
     out = results_folder(options, name)
     if options.report:
         write(Results(out / f"{name}.jsonl"), out)

@@ -16,11 +16,10 @@ from pathlib import Path
 from tiny import concepts as drawing
 from experiments.figures import draw_curves, draw_panel
 from experiments.measure import Examiner
-from experiments import runner
 from experiments.protocol import FULL, QUICK, ROWS, Plan, Settings, left
 from experiments.report import Report
 from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint
-from experiments.runner import Laboratory, exit_status, perform, results_folder
+from experiments.runner import Common, Laboratory, exit_status, perform, results_folder
 from loss import WEIGHTS
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
 from plumbing.files import ROOT, InputError, check_writable, write_bytes
@@ -34,7 +33,7 @@ CODE = ("train.py", "baselines.py", "loss.py", "rollout.py")    # what a new row
 
 
 @dataclass
-class Options(runner.Options):
+class Options(Common):
     lessons: bool = option(False, "also what the numbers of the recipe do")
     row: list[str] = option([], f"run only this row of the tables, of {', '.join(ROWS)}; repeatable")
     method: str | None = option(None, "run only a new row: this method", choices=tuple(METHODS))
@@ -74,14 +73,13 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
     out, model = out.resolve(), model.resolve()
     found = {concept.name: concept for concept in prepare(settings, out, list(folders))}
     facts = facts_of(settings.facts(), found.values(), model, recipe_of(model), RECIPE + KEEP)
+    plan, new = Plan(settings, facts["concepts"], facts["recipe"]), [row for row in settings.rows if row not in ROWS]
     code = fingerprint({name: (ROOT / name).read_text() for name in CODE})
-    new = {"code": {row: code for row in settings.rows if row not in ROWS}} if {*settings.rows} - {*ROWS} else {}
-    results = Results(out / "results.jsonl", facts | new)
+    results = Results(out / "results.jsonl", facts | ({"code": dict.fromkeys(new, code)} if new else {}))
     if new and known:
         with suppress(InputError):                                  # those are of other settings
-            results.take_over(Results(known / "results.jsonl", facts))
+            results.take_over(Results(known / "results.jsonl", facts), lambda run: plan.row_of(run) not in new)
     results.open()
-    plan = Plan(settings, facts["concepts"], facts["recipe"])
     runs = out / "runs" / (results.key if new else "")              # other code has other runs
     laboratory = partial(Laboratory, model, runs, partial(Examiner, plan, found, out))
     data = {name: concept.folder for name, concept in found.items()}

@@ -130,6 +130,19 @@ def test_results_of_other_settings_are_not_taken_over(small, tmp_path, monkeypat
     assert len(lines_of(tmp_path)) == 1
 
 
+def test_the_shipped_results_stand_beside_a_new_row(tmp_path, monkeypatch):
+    """But for what was measured of it in their lessons, with the code of that time."""
+    monkeypatch.setattr(table, "perform", lambda *_: [])
+    shipped = ROOT / "experiments" / "results"
+    assert table.run(dataclasses.replace(FULL, rows=("dopsd+v",)), tmp_path, known=shipped) == 0
+    ours, theirs = ({line["run"] + str(line["step"]): line["measures"] for line in lines_of(folder)[1:]}
+                    for folder in (tmp_path, shipped))
+    lessons = {run for run in theirs if run.startswith("dopsd_") and "_loss-v" in run}
+    assert len(lessons) == 3 and ours == {run: line for run, line in theirs.items() if run not in lessons}
+    tables, others = ((folder / "tables.md").read_text() for folder in (tmp_path, shipped))
+    assert set(others.splitlines()[10:20]) < set(tables.splitlines()) and "| dopsd+v | not run |" in tables
+
+
 @pytest.mark.parametrize("words, rows, out, known", [
     ("", tuple(ROWS), "experiments/results", "experiments/results"),
     ("--row pso --method sft", ("pso", "sft"), "experiments/results", "experiments/results"),
