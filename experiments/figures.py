@@ -8,7 +8,7 @@ from PIL import Image
 
 from tiny.concepts import firsts
 from experiments.measure import picture_file
-from experiments.protocol import BASE, TEACHER, TITLES
+from experiments.protocol import BASE, TEACHER
 from experiments.report import Report, means_of
 from plumbing.files import InputError
 from plumbing.pictures import panel, save_png
@@ -41,9 +41,8 @@ def tiles(path: Path) -> tuple[list[Image.Image], list[str]]:
 
 def draw_panel(report: Report, path: Path) -> list[Path]:
     """Prompts of one object and one style, and an ordinary one for each; columns: base, table 1, teacher's view.
-    The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays as it is.
-    """
-    rows, columns = [], {row: [] for row in (BASE, *TITLES, TEACHER)}
+    The pictures were kept when they were measured (pictures/, seed 0, table 1); without them the panel stays."""
+    rows, columns = [], {row: [] for row in (BASE, *report.titles, TEACHER)}
     for concept in firsts(report.plan.curve_concepts, lambda name: report.plan.concepts[name]["kind"]):
         files = {row: picture_file(path.parent, row, concept) for row in columns}
         strips = {row: tiles(file) for row, file in files.items() if file.is_file()}
@@ -55,6 +54,6 @@ def draw_panel(report: Report, path: Path) -> list[Path]:
     if not rows:
         print(f"warning: no pictures for {path} in {path.parent / 'pictures'}; it stays as it is", file=sys.stderr)
         return []
-    shown = {TITLES.get(row, row): images for row, images in columns.items() if any(images)}
+    shown = {report.titles.get(row, row): images for row, images in columns.items() if any(images)}
     save_png(panel(shown, rows), path, {"prompt": "\n".join(rows), "settings": report.results.key})
     return [path]

@@ -25,7 +25,7 @@ import torch
 from experiments.plots import plot
 from experiments.protocol import BASE, TEACHER, Curve, Job, Measurement, Training, cost_of, left
 from experiments.report import cells, means_of
-from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint_of_captions, score_of_rate
+from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, score_of_rate
 from experiments.runner import Laboratory, exit_status, perform, program_of, saved_step
 from plumbing.backbone import Transformer
 from plumbing.checkpoints import EMBEDDED, backbone_of, recipe_of
@@ -72,7 +72,7 @@ class Plan:
     """All trainings and measurements. recipe: of recipes.Recipe; rates: row -> learning rate, when they are chosen."""
 
     def __init__(self, settings: Settings, recipe: dict) -> None:
-        self.settings, self.recipe, self.rates = settings, recipe, {}
+        self.settings, self.recipe, self.rates, self.given = settings, recipe, {}, dict(settings.fixed)
         *self.test, tuning = (one.name for one in settings.sets())
         self.tuning_concepts = [tuning]
 
@@ -162,7 +162,7 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
     folder, sets = out / "concepts" / "full", settings.sets()
     drawn = [one.write(folder, render, tuning=one is sets[-1]) for one in sets]
     facts = facts_of(asdict(settings), drawn, model, recipe_of(model), RECIPE + KEEP)
-    results = Results(out / "full.jsonl", facts | {"kept": fingerprint_of_captions(ORDINARY)})
+    results = Results(out / "full.jsonl", facts)
     results.open()
     plan = Plan(settings, results.facts["recipe"])
     laboratory = partial(FullLaboratory, model, out / "runs" / f"full-{results.key}", partial(examiner, plan))
@@ -171,7 +171,7 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED)
         return perform(title, left([plan.job(part, folder) for part in asked], results.measured), results, workers,
                        laboratory)
     known = [[m] for view in (BASE, TEACHER, TRUE) for m in plan.reference(view, plan.test + plan.tuning_concepts)]
-    tried = [plan.tuning(row, rate) for row in ROWS if row not in dict(settings.fixed) for rate in settings.rates]
+    tried = [plan.tuning(row, rate) for row in ROWS if row not in plan.given for rate in settings.rates]
     failed = do("references and learning rates", known + tried)
     plan.rates = choose_rates(plan, results)
     failed += do("the tables", [plan.trained(row, name, seed, plan.rates[row]) for name in plan.test

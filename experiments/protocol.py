@@ -20,11 +20,16 @@ ROWS = {"sft": ("SFT", "sft", {}),
         "off-policy-keep": ("off-policy with keep", "off-policy", {"keep": "ordinary"}),
         "published": ("D-OPSD as published", "dopsd", {"keep": "none"}),
         "dopsd": ("D-OPSD", "dopsd", {})}
-TITLES = {name: title for name, (title, _, _) in ROWS.items()}
 BASE, TEACHER = "base", "teacher's view"                            # rows of reference, which nothing is trained for
 VALIDATION = "validation"                                           # the measures, on renderings
 CAPTIONS = 64           # of examples/ordinary
 GRADIENT_PASS = 2.5     # a forward pass with its backward pass costs so many without (benchmarks/step.py)
+
+
+def row_of_name(name: str) -> tuple[str, str, dict]:
+    """A row of ROWS, or a new one by its method and, after a plus, its --loss."""
+    method, _, loss = name.partition("+")
+    return ROWS.get(name, (name, method, {"loss": loss} if loss else {}))
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for row in (*self.rows, *dict(self.fixed)):
-            if row not in ROWS:
+            if row_of_name(row)[1] not in train.METHODS:
                 raise InputError(f"--row {row}: unknown; choose from {', '.join(ROWS)}")
 
     def facts(self) -> dict:
@@ -122,6 +127,11 @@ class Job:
     kind: str = ""                      # of the concept
     step: int = 0                       # train until here first, whatever is measured
 
+    def work(self) -> float:
+        """How long it takes, as forward passes of one picture; a measurement takes about 150."""
+        steps = max([self.step, *(m.step for m in self.measurements)])
+        return self.first_cost + self.cost * steps + 150 * len(self.measurements)
+
 
 def left(jobs: list[Job], done: Container[Measurement]) -> list[Job]:
     """Of each job what is not measured yet."""
@@ -166,6 +176,9 @@ class Plan:
         self.tuning_concepts = [name for name, facts in concepts.items() if facts["tuning"]]
         objects, styles = ([name for name in self.test if concepts[name]["kind"] == kind]
                            for kind in ("object", "style"))
+        self.titles = {row: row_of_name(row)[0] for row in (*ROWS, *settings.rows)}
+        fixed = dict(settings.fixed)                                # a new row has D-OPSD's rate, if that is given
+        self.given = {row: fixed["dopsd"] for row in settings.rows if row not in ROWS and "dopsd" in fixed} | fixed
         self.curve_concepts = objects[:settings.curve_objects] + styles[:settings.curve_styles]
 
     def cost(self, method: str, options: dict) -> tuple[float, float]:
@@ -184,19 +197,19 @@ class Plan:
     def method_of(self, row: str, options: dict | None = None) -> tuple[str, tuple]:
         """Method and options of a row and of what varies it. Options that only repeat the recipe are left out, so that
         the training is the one of the tables."""
-        _, method, of_row = ROWS[row]
+        _, method, of_row = row_of_name(row)
         given = {**of_row, **(options or {})}
         usual = self.usual(method, given)
         return method, tuple((key, value) for key, value in given.items() if usual[key] != value)
 
     def row_of(self, training: Training) -> str:
         """A row of the tables or of reference; "" for all other trainings."""
-        found = {self.method_of(row): row for row in ROWS} | {(name, ()): name for name in (BASE, TEACHER)}
+        found = {self.method_of(row): row for row in self.titles} | {(name, ()): name for name in (BASE, TEACHER)}
         return found.get((training.method, training.options), "")
 
     def equal_steps(self, row: str) -> int:
         """Optimizer steps with which a row costs as much as D-OPSD in table 1."""
-        (_, ours), (once, step) = (self.cost(*ROWS[name][1:]) for name in ("dopsd", row))
+        (_, ours), (once, step) = (self.cost(*row_of_name(name)[1:]) for name in ("dopsd", row))
         return max(1, round((self.settings.steps * ours - once) / step))
 
     def reference(self, method: str, concepts: Iterable[str]) -> list[Measurement]:
@@ -251,12 +264,12 @@ class Plan:
     def ablations(self) -> dict[str, dict[str, Curve]]:
         """Of the figure: title -> label -> curve."""
         teachers = {label: self.curve(*variant) for label, variant in TEACHERS.items() if self.settings.teachers}
-        methods = {title: self.curve(row) for row, title in TITLES.items()}
+        methods = {title: self.curve(row) for row, title in self.titles.items()}
         return {"methods": methods, **({"teachers of D-OPSD as published": teachers} if teachers else {})}
 
     def first_part(self) -> dict[str, list[Measurement]]:
         """What is measured before learning rates are chosen: part -> measurements."""
-        tuned = [row for row in self.settings.rows if row not in dict(self.settings.fixed)]
+        tuned = [row for row in self.settings.rows if row not in self.given]
         concepts = self.test + (self.tuning_concepts if tuned else [])
         return {VALIDATION: [Measurement(Training(VALIDATION))],
                 "reference": [m for method in (BASE, TEACHER) for m in self.reference(method, concepts)],
@@ -296,8 +309,7 @@ class Plan:
                 cost = self.cost(training.method, options)
             jobs.append(Job(training, measurements, tuple(words), cost[1], cost[0], kind))
         late = {job.training for job in jobs if not any("table 1" in m.groups for m in job.measurements)}
-        return sorted(jobs, key=lambda job: (job.training in late, job.training.seed or 0,
-                                             -job.cost * job.measurements[-1].step - 150 * len(job.measurements)))
+        return sorted(jobs, key=lambda job: (job.training in late, job.training.seed or 0, -job.work()))
 
 
 def together(curves: Iterable[dict]) -> list[Measurement]:

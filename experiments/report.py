@@ -3,14 +3,13 @@
 A cell that nobody measured says "not run".
 """
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from statistics import fmean
 
 from experiments.measure import MEASURES
-from experiments.protocol import (BASE, GRADIENT_PASS, TEACHER, TITLES, VALIDATION, Curve, Measurement, Plan,
+from experiments.protocol import (BASE, GRADIENT_PASS, ROWS, TEACHER, VALIDATION, Curve, Measurement, Plan,
                                   Settings, Training)
 from experiments.results import Results, choose_rates, score_of_rate
-from tiny.comparison import NOT_RUN, markdown, paired, with_spread
+from tiny.comparison import NOT_RUN, crossing, markdown, minus, paired, with_spread
 
 COMPARED = ("concept", "ordinary", "ordinary, decided", "diversity")            # what is tested
 DRAWN = COMPARED[:3]                                                # what curves show
@@ -27,9 +26,9 @@ class Report:
 
     def __init__(self, results: Results) -> None:
         facts = results.facts
-        self.results, self.settings = results, Settings(**facts["protocol"])
+        self.results, self.settings = results, Settings(**facts["protocol"], rows=(*ROWS, *facts.get("code", {})))
         self.plan = Plan(self.settings, facts["concepts"], facts["recipe"])
-        self.plan.rates = choose_rates(self.plan, results)
+        self.plan.rates, self.titles = choose_rates(self.plan, results), self.plan.titles
         self.base = self.plan.reference(BASE, self.plan.test)
         self.before = {line["concept"]: line["measures"] for line in results.of(self.base)}
 
@@ -58,9 +57,6 @@ class Report:
         parts += ["## The measures themselves", "On true renderings and on damaged ones:", self.validation()]
         return "\n\n".join(parts) + "\n"
 
-    def mean(self, asked: Iterable[Measurement], measure: str = "concept") -> float | None:
-        return means_of(self.results, asked, [measure]).get(measure)
-
     def triple(self, asked: Iterable[Measurement]) -> str:
         """Means of what curves show; the teacher's view has the concept alone, as it has no ordinary prompts."""
         lines = self.results.of(asked)
@@ -72,19 +68,19 @@ class Report:
 
     def comparison(self, equal: str) -> list[str]:
         """Table 1 or 2, its tests, and (table 1) concept fidelity by concept."""
-        asked = {row: self.plan.table(row, equal) for row in TITLES}
+        asked = {row: self.plan.table(row, equal) for row in self.titles}
         asked = {BASE: self.base, **asked, TEACHER: self.plan.reference(TEACHER, self.plan.test)}
-        lines, table = {row: self.results.of(points) for row, points in asked.items()}, []
+        lines, table, titles = {row: self.results.of(points) for row, points in asked.items()}, [], self.titles
         for row, made in lines.items():
             retained = minus(made, self.untuned(made), RETAINED)
-            table.append([TITLES.get(row, row), *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
-                          *(cells(made, COST, "{:.0f}", spread=False) if row in TITLES else [""] * len(COST)),
+            table.append([titles.get(row, row), *cells(made, MEASURES), *cells(retained, RETAINED, "{:+.3f}"),
+                          *(cells(made, COST, "{:.0f}", spread=False) if row in titles else [""] * len(COST)),
                           f"{len(made)} of {len(asked[row])}" if asked[row] else NOT_RUN])
         head = ["", *MEASURES, *(f"retention: {name.removeprefix('ordinary, ')}" for name in RETAINED), "steps", "cost",
                 "seconds", "measured"]
-        tests = [[f"{TITLES[row]} - {BASE}", *compared(lines[row], self.untuned(lines[row]))] for row in TITLES]
-        tests += [[f"{TITLES[ours]} - {TITLES[row]}", *compared(lines[ours], lines[row])]
-                  for ours, row in [*(("dopsd", row) for row in TITLES if row != "dopsd"), ("published", "dreambooth")]]
+        tests = [[f"{titles[row]} - {BASE}", *compared(lines[row], self.untuned(lines[row]))] for row in titles]
+        tests += [[f"{titles[ours]} - {titles[row]}", *compared(lines[ours], lines[row])]
+                  for ours, row in [*(("dopsd", row) for row in titles if row != "dopsd"), ("published", "dreambooth")]]
         gains = [minus(lines[kept], lines[row], COMPARED)
                  for kept, row in (("dopsd", "published"), ("sft-keep", "sft"))]
         tests += [["what keep gives D-OPSD - what it gives SFT", *compared(*gains)]]
@@ -93,7 +89,7 @@ class Report:
             for made in lines.values())] for concept in self.plan.test]
         return [markdown(head, table), TESTED, markdown(["", *COMPARED, "pairs"], tests), *(
             ["Concept fidelity by concept, mean over seeds:", markdown(
-                ["", *(TITLES.get(row, row) for row in lines)], by_concept)] if equal == "steps" else [])]
+                ["", *(titles.get(row, row) for row in lines)], by_concept)] if equal == "steps" else [])]
 
     def crossings(self, row: str) -> tuple[list[dict], int]:
         """Where runs reach `part` of the teacher's fidelity of their concept: lines with what it costs, one per concept
@@ -102,7 +98,7 @@ class Report:
         lines, measured, cost = [], 0, self.plan.cost(method, dict(options))
         for concept in self.plan.test:
             curve = {step: self.results.of(made) for step, made in self.plan.early(row, concept).items()}
-            teacher = self.mean(self.plan.reference(TEACHER, [concept]))
+            teacher = means_of(self.results, self.plan.reference(TEACHER, [concept]), ["concept"]).get("concept")
             if not curve or teacher is None or not all(curve.values()):
                 continue
             measured += 1
@@ -124,16 +120,16 @@ class Report:
 
     def costs(self) -> list[str]:
         """Table 3 and its tests."""
-        s, table, found = self.settings, [], {}
-        for row, title in TITLES.items():
+        s, titles, table, found = self.settings, self.titles, [], {}
+        for row, title in titles.items():
             found[row], measured = self.crossings(row)
             made = [*cells(found[row], COST, "{:.0f}"),
                     *cells(minus(found[row], self.untuned(found[row]), LOST), LOST, "{:+.3f}")]
             if measured and not found[row]:
                 made = ["not reached"] * len(made)
             table.append([title, f"{len(found[row])} of {measured}", str(self.within(found[row])), *made])
-        tests = [[f"{TITLES['dopsd']} - {TITLES[row]}", *compared(found["dopsd"], found[row], (*LOST, "cost"))]
-                 for row in TITLES if row != "dopsd"]
+        tests = [[f"{titles['dopsd']} - {titles[row]}", *compared(found["dopsd"], found[row], (*LOST, "cost"))]
+                 for row in titles if row != "dopsd"]
         steps = sorted({step for row in self.plan.rates for step in self.plan.early(row, "")})
         return [f"Where each run reaches {s.part:g} of the teacher's fidelity of its concept, seed {s.seeds[0]}, and "
                 f"what it has lost there against the untuned model; within bounds: no more than {s.most_lost[0]:g} of "
@@ -155,11 +151,11 @@ class Report:
     def learning_rates(self) -> str:
         """What was tried, and what was chosen."""
         rates, table = self.settings.rates, []
-        for row, title in TITLES.items():
-            given, chosen = row in dict(self.settings.fixed), self.plan.rates.get(row)
+        for row, title in self.titles.items():
+            given, chosen = self.plan.given.get(row), self.plan.rates.get(row)
             scores = [score_of_rate(self.plan, self.results, row, rate) for rate in rates]
             tried = ["not tried" if given else NOT_RUN if score is None else f"{score:.3f}" for score in scores]
-            table.append([title, *tried, f"{chosen:g}{' (given)' * given}" if chosen else NOT_RUN])
+            table.append([title, *tried, f"{chosen:g}{' (given)' if given else ''}" if chosen else NOT_RUN])
         return markdown(["", *(f"{rate:g}" for rate in rates), "chosen"], table)
 
     def curve_table(self, curves: dict[str, Curve]) -> str:
@@ -170,22 +166,11 @@ class Report:
 
     def validation(self) -> str:
         """The measures on renderings and on damaged ones."""
-        for found in self.results.measures([Measurement(Training(VALIDATION))]):
-            return markdown(["", *next(iter(found.values()))],
-                            [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()])
+        for line in self.results.of([Measurement(Training(VALIDATION))]):
+            rows = line["measures"]
+            return markdown(["", *next(iter(rows.values()))],
+                            [[name, *(f"{value:.3f}" for value in row.values())] for name, row in rows.items()])
         return NOT_RUN
-
-
-def crossing(curve: dict[int, list[float]], goal: float) -> list[float] | None:
-    """[step, *values] where the first value of a curve reaches `goal` for the first time; None if it never does."""
-    rows = [[step, *values] for step, values in sorted(curve.items())]
-    if rows[0][1] >= goal:
-        return rows[0]
-    for before, after in pairwise(rows):
-        if after[1] >= goal:
-            share = (goal - before[1]) / (after[1] - before[1])
-            return [a + share * (b - a) for a, b in zip(before, after)]
-    return None
 
 
 # -------------------------------------------------------------------------------------------------- cells and tables
@@ -206,14 +191,6 @@ def cells(lines: list[dict], names: Sequence[str], form: str = "{:.3f}", spread:
     if not spread:
         columns = [[fmean(values)] if values else [] for values in columns]
     return [with_spread(values, form) if values or not lines else "" for values in columns]
-
-
-def minus(ours: list[dict], theirs: list[dict], names: Sequence[str]) -> list[dict]:
-    """Differences of measures, where both have the same concept and seed."""
-    other = {(line["concept"], line["seed"]): line["measures"] for line in theirs}
-    return [{**line, "measures": {name: line["measures"][name] - other[where][name] for name in names
-                                  if name in line["measures"]}}
-            for line in ours if (where := (line["concept"], line["seed"])) in other]
 
 
 def compared(ours: list[dict], theirs: list[dict], names: Sequence[str] = COMPARED) -> list[str]:

@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
 import data
 import train
-from tiny.concepts import Concept, write_json_lines
+from tiny.concepts import ORDINARY, Concept, write_json_lines
 from experiments.measure import METRICS
 from experiments.protocol import BASE, Job, Measurement, Plan, Training
 from plumbing.recipes import Recipe
@@ -26,12 +26,14 @@ KEEP = ("grad_states", "keep_weight")
 
 def facts_of(protocol: dict, concepts: Iterable[Concept], model: Path, recipe: Recipe, names: Iterable[str] = RECIPE
              ) -> dict:
-    """All that decides the numbers, as JSON: two results files with the same facts may be joined."""
+    """All that decides the numbers, as JSON: two results files with the same facts may be joined. names: of what the
+    rows take from the recipe; with those of KEEP also the captions that are kept."""
     values = {**dataclasses.asdict(recipe), "beta": train.Options.beta}
+    kept = {"kept": fingerprint_of_captions(ORDINARY)} if "keep_weight" in names else {}
     about = {c.name: {"kind": c.kind, "words": c.words, "key": c.key, "tuning": c.tuning} for c in concepts}
     key = model_key(model, "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vlm")
     return {"protocol": protocol, "recipe": {name: values[name] for name in names}, "concepts": about, "model": key,
-            "metrics": METRICS}
+            "metrics": METRICS, **kept}
 
 
 def fingerprint_of_captions(path: Path | str) -> str:
@@ -79,12 +81,16 @@ class Results:
                 what = difference(known[key], self.facts) if key in known else f"fingerprint {key}"
                 raise InputError(f"{path}: measured with other settings ({what}); give another --out, or remove this "
                                  "file")
-        self.lines = lines if known else [{"settings": self.key, "facts": self.facts}, *lines]
         self.measured = {measurement_of(line): line for line in lines if "run" in line}
 
     def open(self) -> None:
         """Make the file ready for new lines: whole ones only, the settings in it."""
-        write_json_lines(self.path, self.lines)
+        write_json_lines(self.path, [{"settings": self.key, "facts": self.facts}, *self.measured.values()])
+
+    def take_over(self, other: "Results", wanted: Callable[[Training], bool]) -> None:
+        """The other's measurements of these trainings beside our own."""
+        self.measured = {m: {**line, "settings": self.key} for m, line in other.measured.items()
+                         if wanted(m.training)} | self.measured
 
     def add(self, line: dict) -> None:
         """One more measurement."""
@@ -95,9 +101,6 @@ class Results:
     def of(self, measurements: Iterable[Measurement]) -> list[dict]:
         """The lines of those that are made."""
         return [self.measured[m] for m in measurements if m in self.measured]
-
-    def measures(self, measurements: Iterable[Measurement]) -> list[dict]:
-        return [line["measures"] for line in self.of(measurements)]
 
 
 def line_of(m: Measurement, job: Job, seconds: float, measures: dict) -> dict:
@@ -115,10 +118,9 @@ def measurement_of(line: dict) -> Measurement:
 
 def score_of_rate(plan: Plan, results: Results, row: str, rate: float) -> float | None:
     """Mean over the tuning concepts of concept fidelity minus what ordinary accuracy and decided marks lose; None until
-    all are there. What is lost against the base counts, what is gained does not.
-    """
-    tuned, base = (results.measures(asked) for asked in (plan.tuning(row, rate),
-                                                         plan.reference(BASE, plan.tuning_concepts)))
+    all are there. What is lost against the base counts, what is gained does not."""
+    tuned, base = ([line["measures"] for line in results.of(asked)] for asked in (
+        plan.tuning(row, rate), plan.reference(BASE, plan.tuning_concepts)))
     if not len(tuned) == len(base) == len(plan.tuning_concepts) > 0:
         return None
     return fmean(m["concept"] - sum(max(0.0, b[name] - m[name]) for name in ("ordinary", "ordinary, decided"))
@@ -127,10 +129,11 @@ def score_of_rate(plan: Plan, results: Results, row: str, rate: float) -> float 
 
 def choose_rates(plan: Plan, results: Results) -> dict[str, float]:
     """Row -> its learning rate: given, or the best of those that were tried (the smaller of equal ones)."""
-    rates, given = {}, dict(plan.settings.fixed)
+    rates = {}
     for row in plan.settings.rows:
+        given = plan.given.get(row)
         scores = {rate: score_of_rate(plan, results, row, rate) for rate in sorted(plan.settings.rates)}
         tried = [rate for rate in scores if scores[rate] is not None]
-        if row in given or tried:
-            rates[row] = given.get(row) or max(tried, key=scores.get)
+        if given or tried:
+            rates[row] = given or max(tried, key=scores.get)
     return rates

@@ -24,7 +24,7 @@ from plumbing import files, lora_files
 from plumbing.checkpoints import model_folder
 from plumbing.files import ROOT, InputError
 from plumbing.options import option, parse
-from tiny.processes import work
+from tiny.processes import Clock, work
 from plumbing.run_folder import STATE
 from plumbing.train_options import NONE
 from tiny.score import Judge
@@ -33,9 +33,9 @@ STUDENT = "student.safetensors"     # what train.py makes
 
 
 @dataclass
-class Options:
-    """Of the smaller experiments."""
-    quick: bool = option(False, "one seed, few steps and prompts: a first look")
+class Common:
+    """Options of all long experiments."""
+    quick: bool = option(False, "a small version: one seed, few steps and prompts")
     report: bool = option(False, "run nothing: the table of the results that are there")
     workers: int = option(1, "number of processes, each with one thread")
     model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
@@ -111,14 +111,16 @@ def saved_step(path: Path) -> int:
 def perform(title: str, jobs: list[Job], results: Results, workers: int, make: Callable) -> list[str]:
     """Do the jobs, keep every line as it comes and print it; the names of what failed. make: see `work`."""
     count, done, failed = sum(len(job.measurements) for job in jobs), 0, []
+    clock = Clock({job: job.work() for job in jobs})
     print(f"{title}: {count} measurements of {len(jobs)} runs", flush=True)
     with contextlib.closing(work(jobs, workers, make)) as messages:
         for job, message in messages:
+            clock.does(job, 1 / len(job.measurements) if isinstance(message, dict) else 1)
             if isinstance(message, dict):
                 results.add(message)
                 done += 1
                 found = message["measures"]
-                print(f"  {done}/{count}  {message['run']}, step {message['step']}",
+                print(f"  {done}/{count}, {clock}  {message['run']}, step {message['step']}",
                       *(f" {name} {found[name]:.3f}" for name in DRAWN if name in found), flush=True)
             elif message is not None:
                 failed.append(job.training.name)
@@ -143,7 +145,7 @@ def results_folder(options, name: str) -> Path:
 def program_of(name: str, about: str, whole, quick, run: Callable, write: Callable, argv: list[str] | None) -> int:
     """A smaller experiment; the exit status. whole, quick: settings. run(settings, out, workers, model) measures,
     write(results, out) makes the tables of NAME.jsonl."""
-    options = parse(Options, argv, about)
+    options = parse(Common, argv, about)
     out = results_folder(options, name)
     if options.report:
         write(Results(out / f"{name}.jsonl"), out)

@@ -8,6 +8,7 @@ and panel.png; runs/ (training), concepts/ (data) and pictures/ (of the panel) c
 if not __package__:
     import as_module  # noqa: F401
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,26 +18,28 @@ from experiments.figures import draw_curves, draw_panel
 from experiments.measure import Examiner
 from experiments.protocol import FULL, QUICK, ROWS, Plan, Settings, left
 from experiments.report import Report
-from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint_of_captions
-from experiments.runner import Laboratory, exit_status, perform, results_folder
+from experiments.results import KEEP, RECIPE, Results, choose_rates, facts_of, fingerprint
+from experiments.runner import Common, Laboratory, exit_status, perform, results_folder
+from loss import WEIGHTS
 from plumbing.checkpoints import EMBEDDED, model_folder, recipe_of
-from plumbing.files import InputError, check_writable, write_bytes
+from plumbing.files import ROOT, InputError, check_writable, write_bytes
 from plumbing.options import option, parse
 from plumbing.program import run as run_program
 from tiny.metrics import Reader
 from tiny.world import Renderer
+from train import METHODS
+
+CODE = ("train.py", "baselines.py", "loss.py", "rollout.py")    # what a new row's results follow from
+
 
 @dataclass
-class Options:
-    quick: bool = option(False, "two concepts, one seed, given learning rates: about ten minutes on two cores")
+class Options(Common):
     lessons: bool = option(False, "also what the numbers of the recipe do")
-    report: bool = option(False, "run nothing: tables and figures from the results that are there")
     row: list[str] = option([], f"run only this row of the tables, of {', '.join(ROWS)}; repeatable")
+    method: str | None = option(None, "run only a new row: this method", choices=tuple(METHODS))
+    loss: str | None = option(None, "run only a new row: --method, or dopsd, with this weight", choices=tuple(WEIGHTS))
     concept: list[str] = option([], "folder with 4 images of 64x64 and captions with [V], instead of the test "
                                     "concepts; repeatable")
-    workers: int = option(1, "number of processes, each with one thread")
-    model: str = option("embedded", "checkpoint folder of the embedded kind, or embedded, which is tiny/model")
-    out: str | None = option(None, "folder of results (default: experiments/results, with --quick out/quick-table)")
 
 
 def prepare(settings: Settings, out: Path, folders: list[Path]) -> list[drawing.Concept]:
@@ -63,16 +66,22 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED, folders: list[Path] = (),
-        lessons: bool = False) -> int:
-    """Measure what is missing, then write the report; the exit status. Raises InputError."""
+        lessons: bool = False, known: Path | None = None) -> int:
+    """Measure what is missing, then write the report; the exit status. known: folder of results that a new row shall
+    stand beside. Raises InputError."""
     check_writable(out, f"--out {out}")
     out, model = out.resolve(), model.resolve()
     found = {concept.name: concept for concept in prepare(settings, out, list(folders))}
-    facts = {**facts_of(settings.facts(), found.values(), model, recipe_of(model), RECIPE + KEEP),
-             "kept": fingerprint_of_captions(drawing.ORDINARY)}
-    results, plan = Results(out / "results.jsonl", facts), Plan(settings, facts["concepts"], facts["recipe"])
+    facts = facts_of(settings.facts(), found.values(), model, recipe_of(model), RECIPE + KEEP)
+    plan, new = Plan(settings, facts["concepts"], facts["recipe"]), [row for row in settings.rows if row not in ROWS]
+    code = fingerprint({name: (ROOT / name).read_text() for name in CODE})
+    results = Results(out / "results.jsonl", facts | ({"code": dict.fromkeys(new, code)} if new else {}))
+    if new and known:
+        with suppress(InputError):                                  # those are of other settings
+            results.take_over(Results(known / "results.jsonl", facts), lambda run: plan.row_of(run) not in new)
     results.open()
-    laboratory = partial(Laboratory, model, out / "runs", partial(Examiner, plan, found, out))
+    runs = out / "runs" / (results.key if new else "")              # other code has other runs
+    laboratory = partial(Laboratory, model, runs, partial(Examiner, plan, found, out))
     data = {name: concept.folder for name, concept in found.items()}
     keep = partial(drawing.captions_file, out / "captions", settings.draw_seed, found)
 
@@ -88,15 +97,19 @@ def run(settings: Settings, out: Path, workers: int = 1, model: Path = EMBEDDED,
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(Options, argv, "D-OPSD beside its alternatives on the embedded model.")
-    out = results_folder(options, "table")
+    rows = list(options.row)
+    if options.method or options.loss:
+        rows.append("+".join(filter(None, [options.method or "dopsd", options.loss])))
+    known, new = results_folder(replace(options, out=None), "table"), [row for row in rows if row not in ROWS]
+    out = Path(options.out or (ROOT / "out" / "-".join(["quick"] * options.quick + ["table", *new]) if new else known))
     if options.quick and options.lessons:
         raise InputError("--quick --lessons: the small version has none; leave one of them out")
     if options.report:
         write_report(Results(out / "results.jsonl"), out)
         return 0
-    settings = replace(QUICK if options.quick else FULL, rows=tuple(options.row) or tuple(ROWS))
+    settings = replace(QUICK if options.quick else FULL, rows=tuple(rows or ROWS))
     return run(settings, out, options.workers, model_folder(options.model), [Path(f) for f in options.concept],
-               options.lessons)
+               options.lessons, known)
 
 
 if __name__ == "__main__":

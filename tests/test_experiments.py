@@ -92,6 +92,71 @@ def test_a_small_table_end_to_end(small):
     assert "| PSO | not run |" in (small / "tables.md").read_text()
 
 
+def test_a_new_row_stands_beside_what_is_there(small, quick_start, tmp_path, capsys, monkeypatch):
+    """Only what is new is run, in a folder of its own, with D-OPSD's learning rate where rates are given."""
+    before, old = (small / "results.jsonl").read_bytes(), lines_of(small)[1:]
+    settings = dataclasses.replace(TINY, rows=("off-policy+v",))
+    assert table.run(settings, tmp_path, known=small) == 0
+    header, *lines = lines_of(tmp_path)
+    assert header["facts"]["code"].keys() == {"off-policy+v"} and (small / "results.jsonl").read_bytes() == before
+    new = [line for line in lines if line["method"] == "off-policy"]
+    assert [(line["step"], line["cost"], line["lr"], line["options"]) for line in new] == [(1, 28, 1e-3, {"loss": "v"})]
+    assert [line | {"settings": ""} for line in lines if line not in new] == [line | {"settings": ""} for line in old]
+    said = re.findall(r"(?m)^  (\d+/\d+, .*?)  \S+, step", capsys.readouterr().out)
+    assert said == ["1/1, less than a minute left"]
+    rows, others = ((folder / "tables.md").read_text().splitlines() for folder in (tmp_path, small))
+    (row,) = [row for row in rows[:20] if row.startswith("| off-policy+v | ")]
+    assert row.endswith("| 1 of 1 |") and f"{new[0]['measures']['concept']:.3f}" in row
+    for title in ("base", "SFT", "D-OPSD", "teacher's view"):
+        assert [r for r in rows[:20] if r.startswith(f"| {title} |")] == [r for r in others[:20]
+                                                                         if r.startswith(f"| {title} |")] != []
+    assert sum(row.startswith("| D-OPSD - off-policy+v | +") for row in rows) == 2
+    text = (tmp_path / "tables.md").read_bytes()
+    assert table.main(["--report", "--out", str(tmp_path)]) == 0 and (tmp_path / "tables.md").read_bytes() == text
+    assert table.run(settings, tmp_path, known=small) == 0 and len(lines_of(tmp_path)) == len(lines) + 1
+    monkeypatch.setattr(table, "CODE", ("train.py",))
+    with pytest.raises(InputError, match=r"other settings \(code.off-policy\+v was \w+ and is now \w+\); give another "
+                                         "--out, or remove this file"):
+        table.run(settings, tmp_path, known=small)
+
+
+def test_results_of_other_settings_are_not_taken_over(small, tmp_path, monkeypatch):
+    """They would be in one table with what is measured in another way."""
+    asked = set()
+    monkeypatch.setattr(table, "perform", lambda _, jobs, *__: asked.update(job.training.method for job in jobs) or [])
+    settings = dataclasses.replace(TINY, steps=2, rows=("off-policy+v",))
+    assert table.run(settings, tmp_path, known=small) == 0
+    assert asked == {"validation", "base", "teacher's view", "off-policy"}
+    assert len(lines_of(tmp_path)) == 1
+
+
+def test_the_shipped_results_stand_beside_a_new_row(tmp_path, monkeypatch):
+    """But for what was measured of it in their lessons, with the code of that time."""
+    monkeypatch.setattr(table, "perform", lambda *_: [])
+    shipped = ROOT / "experiments" / "results"
+    assert table.run(dataclasses.replace(FULL, rows=("dopsd+v",)), tmp_path, known=shipped) == 0
+    ours, theirs = ({line["run"] + str(line["step"]): line["measures"] for line in lines_of(folder)[1:]}
+                    for folder in (tmp_path, shipped))
+    lessons = {run for run in theirs if run.startswith("dopsd_") and "_loss-v" in run}
+    assert len(lessons) == 3 and ours == {run: line for run, line in theirs.items() if run not in lessons}
+    tables, others = ((folder / "tables.md").read_text() for folder in (tmp_path, shipped))
+    assert set(others.splitlines()[10:20]) < set(tables.splitlines()) and "| dopsd+v | not run |" in tables
+
+
+@pytest.mark.parametrize("words, rows, out, known", [
+    ("", tuple(ROWS), "experiments/results", "experiments/results"),
+    ("--row pso --method sft", ("pso", "sft"), "experiments/results", "experiments/results"),
+    ("--method sft-teacher --loss kl", ("sft-teacher+kl",), "out/table-sft-teacher+kl", "experiments/results"),
+    ("--loss v --quick", ("dopsd+v",), "out/quick-table-dopsd+v", "out/quick-table"),
+    ("--loss v --row sft --out here", ("sft", "dopsd+v"), "here", "experiments/results")])
+def test_rows_that_are_asked_for(monkeypatch, words, rows, out, known):
+    asked = []
+    monkeypatch.setattr(table, "run", lambda *given: asked.extend(given) or 0)
+    assert table.main(words.split()) == 0
+    assert asked[0] == dataclasses.replace(QUICK if "quick" in words else FULL, rows=rows)
+    assert asked[1] == (Path(out) if out == "here" else ROOT / out) and asked[-1] == ROOT / known
+
+
 def test_only_table_1_goes_into_the_panel(tmp_path):
     plan = Plan(FULL, ABOUT, RECIPE, RATES)
     examiner = SimpleNamespace(plan=plan, out=tmp_path)
@@ -191,6 +256,7 @@ def test_a_whole_last_line_without_its_end_is_kept(small, tmp_path):
 
 @pytest.mark.parametrize("words, expected", [
     (["--row", "lora"], "--row lora: unknown; choose from sft, dreambooth, "),
+    (["--row", "lora+v"], "--row lora+v: unknown; choose from sft, dreambooth, "),
     (["--workers", "0"], "--workers 0"),
     (["--lessons"], "--quick --lessons: the small version has none"),
     (["--concept", "ROOT/nothing"], "nothing: no such folder"),
@@ -286,8 +352,9 @@ def test_rows_are_known_by_their_trainings():
 
 
 def test_train_understands_every_run():
-    for settings in (FULL, QUICK):
-        plan = Plan(settings, ABOUT, RECIPE, RATES)
+    new = dataclasses.replace(FULL, rows=("off-policy+v", "dopsd+kl"))
+    for settings, rates in ((FULL, RATES), (QUICK, RATES), (new, dict.fromkeys(new.rows, 1e-3))):
+        plan = Plan(settings, ABOUT, RECIPE, rates)
         for job in plan.jobs(plan.first_part() | plan.second_part() | plan.third_part(), FOLDERS,
                              lambda name, concept: Path("kept", f"{name}-{concept}")):
             run = job.training
@@ -297,6 +364,7 @@ def test_train_understands_every_run():
             assert cfg.data == [str(FOLDERS[run.concept])]
             train.check_values(cfg, train.METHODS[cfg.method])
             assert cfg.method == run.method and cfg.lr == run.lr and cfg.steps == 10
+            assert cfg.loss == dict(run.options).get("loss")
             asked = dict(run.options).get("keep")
             assert cfg.keep == (asked if asked in (None, "none") else f"kept/{asked}-{run.concept}")
 

@@ -109,6 +109,23 @@ def test_a_job_in_work_is_ended_and_none_begins_when_the_parent_stops(tmp_path):
     assert (tmp_path / "ended").exists() and not (tmp_path / "too late").exists()
 
 
+@pytest.mark.quick
+def test_time_left_by_hand(monkeypatch):
+    """Jobs of 10, 20 and 70: with the first and half of the second a fifth is done, so four times as long is left."""
+    now = [100.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    clock = processes.Clock({"a": 10, "b": 20, "c": 70})
+    assert str(clock) == "time left unknown"
+    clock.does("a", 1 / 2), clock.does("a", 1 / 2), clock.does("a"), clock.does("b", 0.5)
+    now[0] = 100 + 5 * 60
+    assert str(clock) == "about 20 min left"
+    clock.does("c")                                                      # which failed: nothing is left of it
+    now[0] = 100 + 9 * 60
+    assert str(clock) == "about 1 min left"
+    clock.does("b")
+    assert str(clock) == "less than a minute left" and str(processes.Clock({})) == "time left unknown"
+
+
 # ---------------------------------------------------------------------------------------------------- the programs
 @pytest.mark.parametrize("start, folder", [(["-m", "experiments.table"], ROOT),
                                            ([str(ROOT / "experiments" / "table.py")], None)])

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -52,19 +53,36 @@ def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def minus(ours: Sequence[dict], theirs: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Differences of measures, where both have the same concept and seed."""
+    other = {(line["concept"], line["seed"]): line["measures"] for line in theirs}
+    return [{**line, "measures": {name: line["measures"][name] - other[where][name] for name in names
+                                  if name in line["measures"]}}
+            for line in ours if (where := (line["concept"], line["seed"])) in other]
+
+
 def paired(ours: Sequence[dict], theirs: Sequence[dict], measure: str) -> Paired | None:
     """Lines of two methods, compared where both have the same concept and seed; None without such pairs."""
-    other = {(line["concept"], line["seed"]): line["measures"][measure] for line in theirs}
     by_concept: dict[str, list[float]] = defaultdict(list)
-    for line in ours:
-        where = line["concept"], line["seed"]
-        if where in other:
-            by_concept[line["concept"]].append(line["measures"][measure] - other[where])
+    for line in minus(ours, theirs, [measure]):
+        by_concept[line["concept"]].append(line["measures"][measure])
     differences = [d for ds in by_concept.values() for d in ds]
     if not differences:
         return None
     return Paired(len(differences), statistics.fmean(differences), *bootstrap(differences), sign_flip(differences),
                   sign_flip([statistics.fmean(ds) for ds in by_concept.values()]))
+
+
+def crossing(curve: dict[int, list[float]], goal: float) -> list[float] | None:
+    """[step, *values] where the first value of a curve reaches `goal` for the first time; None if it never does."""
+    rows = [[step, *values] for step, values in sorted(curve.items())]
+    if rows[0][1] >= goal:
+        return rows[0]
+    for before, after in pairwise(rows):
+        if after[1] >= goal:
+            share = (goal - before[1]) / (after[1] - before[1])
+            return [a + share * (b - a) for a, b in zip(before, after)]
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------- tables

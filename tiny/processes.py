@@ -7,13 +7,33 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from plumbing.files import InputError
+
+class Clock:
+    """How long jobs still take, by the time that others took and by how much work each is."""
+
+    def __init__(self, work: dict[Hashable, float]) -> None:
+        """work: of each job, in any unit."""
+        self.work, self.left, self.started = work, dict(work), time.monotonic()
+
+    def does(self, job: Hashable, part: float = 1.0) -> None:
+        """A part of a job is done; 1: nothing is left of it, whatever was done before."""
+        self.left[job] = max(0.0, self.left[job] - part * self.work[job])
+
+    def __str__(self) -> str:
+        whole, left = sum(self.work.values()), sum(self.left.values())
+        if whole == left:
+            return "time left unknown"
+        minutes = (time.monotonic() - self.started) * left / (whole - left) / 60
+        return f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
+
 
 here: dict[str, Any] = {}           # in a worker: its laboratory, and whether the work is over
 
