@@ -74,19 +74,18 @@ class Backbone:
         load_strictly(model, tensors(folder, only_shapes=True), folder, "meta", torch.float32)
         return model
 
-    def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, checkpointing: bool = False,
-             compile: bool = False, quantize: str = FLOAT, transformer: str | None = None) -> Transformer:
+    def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype, compile: bool = False,
+             quantize: str = FLOAT, transformer: str | None = None) -> Transformer:
         """The frozen transformer of a checkpoint folder in `dtype` on `device`, for the velocity of Eq. 5 and 6.
 
-        checkpointing: recompute each block in the backward pass; compile: torch.compile the repeated block; quantize:
-        int8 for the weights of the repeated blocks; transformer: another folder of weights, as full fine-tuning writes
-        them. Raises InputError when files are missing or do not belong together.
+        compile: torch.compile the repeated block; quantize: int8 for the weights of the repeated blocks; transformer:
+        another folder of weights, as full fine-tuning writes them. Raises InputError when files are missing or do not
+        belong together.
         """
         folder = Path(transformer or Path(folder) / "transformer")
         model = self._skeleton(folder)
         int8 = tuple(model.blocks()) if quantize == INT8 else ()
         load_strictly(model, tensors(folder), folder, device, dtype, int8=int8)
-        model.checkpointing = checkpointing
         if compile:
             compile_blocks(model)
         return model.eval()

@@ -25,8 +25,6 @@ NUMBER: Kind = "a positive number", lambda value: type(value) in (int, float) an
 OBJECT: Kind = "an object", lambda value: isinstance(value, dict)
 ALPHAS: Kind = ("an object of patterns without groups and positive numbers", lambda value: OBJECT[1](value) and all(
     is_pattern(name) and NUMBER[1](alpha) for name, alpha in value.items()))
-LIST: Kind = "a list", lambda value: isinstance(value, list)
-TEXT: Kind = "a text", lambda value: isinstance(value, str)
 FLAG: Kind = "true or false", lambda value: isinstance(value, bool)
 NAMES = (
     (LAYERS, "n_layers num_layers num_single_layers num_hidden_layers layers_per_block depth"),
@@ -37,7 +35,7 @@ NAMES = (
     (SIZES, "axes_dims axes_lens axes_dims_rope all_patch_size all_f_patch_size block_out_channels"),
     (EITHER, "patch_size"),
     (NUMBER, "norm_eps rope_theta t_scale mlp_ratio eps rms_norm_eps scaling_factor batch_norm_eps lora_alpha"),
-    (ALPHAS, "alpha_pattern"), (LIST, "teacher_lora"), (TEXT, "teacher"), (FLAG, "qk_norm guidance_embeds"),
+    (ALPHAS, "alpha_pattern"), (FLAG, "qk_norm guidance_embeds"),
     (OBJECT, "weight_map text_config vision_config options"))
 KINDS = {name: kind for kind, names in NAMES for name in names.split()}
 

@@ -24,7 +24,7 @@ from plumbing.machine import disk_gb, in_words, peak_memory_gb, training_gb
 from plumbing.quantized import FLOAT
 from plumbing.recipes import Recipe
 from plumbing.team import ALONE, Team, put
-from plumbing.train_options import FULL, LORA, ONLY_LORA, UNTUNED, names_of
+from plumbing.train_options import FULL, LORA, ONLY_LORA, names_of
 
 # Options that may differ when a run is resumed: they change the rounding at most, or the data's fingerprint has them.
 FREE = ("out", "steps", "save_every", "sample_every", "resume", "panel_prompt", "cache", "compile", "checkpointing",
@@ -48,7 +48,7 @@ def open_run(cfg, out: Path, fingerprint: dict[str, str], processes: int) -> Non
                 raise InputError(f"--resume: {out / name}: no such file, so no run to continue; restore it, or "
                                  "leave --resume out to start one")
         config = read_json(out / "config.json", "options")
-        before = in_todays_words(config["options"])
+        before = {"quantize": FLOAT, "name": "student"} | config["options"]      # which an earlier version did not have
         if (earlier := config.get("processes", 1)) != processes:        # may share the same batches in another way
             batches, now = before["accumulate"] * earlier, cfg.accumulate * processes
             if batches != now:
@@ -101,14 +101,6 @@ def alone(out: Path, team: Team = ALONE) -> Iterator[None]:
         yield
 
 
-def in_todays_words(options: dict) -> dict:
-    """The options of a config.json, whose writer may have had earlier names for some."""
-    if "teacher" in options:
-        options = {**options, "teacher_weights": {"base": "frozen"}.get(options["teacher"], options["teacher"])}
-    teachers = [UNTUNED if word == "base" else word for word in options.get("teacher_lora") or []]
-    return {"quantize": FLOAT, "name": "student", **options, "teacher_lora": teachers}
-
-
 class Run:
     """A run between two steps: what is tuned, its optimizer, the number of steps done, and where all this is kept."""
 
@@ -118,7 +110,7 @@ class Run:
         self.with_teacher, self.step, self.header = with_teacher, 0, dict[str, str]()
         self.recent, self.lowest = deque[float](maxlen=20), math.inf    # losses, and the least that their mean was
         self.optimizer = torch.optim.AdamW(tuned.parameters().values(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=0.0)
+                                           weight_decay=0.0, foreach=None if cfg.tune == LORA else False)   # no copies
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is tuned, and Adam's moments; themselves, not copies, and perhaps in parts."""

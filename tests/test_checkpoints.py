@@ -52,8 +52,8 @@ def test_a_new_backbone_is_one_record(tmp_path, monkeypatch):
     found = checkpoints.backbone_of(tmp_path)
     assert isinstance(found, Backbone) and found is new and checkpoints.recipe_of(tmp_path) is SMALL
     assert checkpoints.shift_rule(tmp_path)(4, 6, 3) == SCHEDULER["shift"] + 4 + 2
-    model = found.load(tmp_path, "cpu", torch.bfloat16, checkpointing=True)
-    assert model.checkpointing and not model.training
+    model = found.load(tmp_path, "cpu", torch.bfloat16)
+    assert not model.training
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in model.parameters())
 
 

@@ -273,7 +273,8 @@ def test_compiled_blocks_share_code_and_keep_values(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend=capture, fullgraph=True))
     reference(num_layers=4, num_single_layers=4).save_pretrained(tmp_path / "transformer")
-    fast = flux2.KLEIN.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
+    fast = flux2.KLEIN.load(tmp_path, "cpu", torch.float32, compile=True)
+    fast.checkpointing = True
     plain = flux2.KLEIN.load(tmp_path, "cpu", torch.float32)
     x, sigma, context = inputs("wide, two references")
     student = lora.create(fast, 2, 2, seed=0)
@@ -307,7 +308,8 @@ def test_loads_what_diffusers_saves(theirs, tmp_path, shard):
 
 
 def test_bfloat16_inside_float32_outside(folder, model, adapter):
-    half, (x, sigma, context) = flux2.KLEIN.load(folder, "cpu", torch.bfloat16, checkpointing=True), inputs()
+    half, (x, sigma, context) = flux2.KLEIN.load(folder, "cpu", torch.bfloat16), inputs()
+    half.checkpointing = True
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     v, exact = half.velocity(x, sigma, context, adapter), model.velocity(x, sigma, context, adapter)
     assert v.dtype == torch.float32 and (v - exact).norm() < 0.05 * exact.norm()

@@ -44,8 +44,9 @@ def test_functions_fit_on_a_screen():
 def test_the_whole_is_small():
     """The top level, and all that a LoRA run in one process needs: what train.py and sample.py import, at any depth.
 
-    The house style has 4,600. The 60 above it came with the guards of `tests/test_campaign_*.py`, which stay. The
-    report counts by itself: it is a page to look at, and no number of a run depends on it.
+    The house style has 4,600. 60 above it came with the guards of `tests/test_campaign_*.py`, and a dozen with what
+    other programs read in a LoRA's header (--name). The report counts by itself: it is a page to look at, and no number
+    of a run depends on it.
     """
     assert sum(len(lines(path)) for path in sources()) <= 2300
     needed, waiting = set(), [ROOT / "train.py", ROOT / "sample.py"]
@@ -63,7 +64,7 @@ def test_the_whole_is_small():
     page = {ROOT / "plumbing" / "report.py"}
     assert sum(len(lines(path)) for path in page) <= 190 and page < needed
     assert len(lines(ROOT / "plumbing" / "report.html")) <= 250
-    assert sum(len(lines(path)) for path in needed - several - page) <= 4660
+    assert sum(len(lines(path)) for path in needed - several - page) <= 4672
 
 
 def test_the_experiments_are_small():

@@ -166,7 +166,8 @@ def test_compiled_blocks_share_code_and_keep_values(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend=capture, fullgraph=True))
     reference(n_layers=6).save_pretrained(tmp_path / "transformer")
-    fast = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32, checkpointing=True, compile=True)
+    fast = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32, compile=True)
+    fast.checkpointing = True
     plain = zimage.Z_IMAGE.load(tmp_path, "cpu", torch.float32)
     x, context = inputs(lengths=(5, 5))
     student = lora.create(fast, 2, 2, seed=0)
@@ -200,7 +201,8 @@ def test_loads_what_diffusers_saves(theirs, tmp_path, shard):
 
 @pytest.mark.quick
 def test_bfloat16_inside_float32_outside(folder, model):
-    half = zimage.Z_IMAGE.load(folder, "cpu", torch.bfloat16, checkpointing=True)
+    half = zimage.Z_IMAGE.load(folder, "cpu", torch.bfloat16)
+    half.checkpointing = True
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     x, context = inputs()
     v, exact = half.velocity(x, 0.5, context), model.velocity(x, 0.5, context)
@@ -279,7 +281,8 @@ def test_wrong_inputs(model, x, lengths, width, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_bfloat16_and_compile(folder, model, compile):
-    half = zimage.Z_IMAGE.load(folder, "cuda", torch.bfloat16, checkpointing=True, compile=compile)
+    half = zimage.Z_IMAGE.load(folder, "cuda", torch.bfloat16, compile=compile)
+    half.checkpointing = True
     student = lora.create(half, 4, 8, seed=0)
     for height, width, lengths in ((8, 8, (5, 5)), (16, 8, (5, 40)), (12, 12, (70, 3))):
         x, context = inputs(height, width, lengths)

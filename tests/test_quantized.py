@@ -139,7 +139,8 @@ def assert_equal_numbers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_the_rounded_weights_in_float(folder, checkpointing):
-    model = load(folder, checkpointing=checkpointing)
+    model = load(folder)
+    model.checkpointing = checkpointing
     plain = dequantised(model)
     (ours, found), (theirs, of_plain) = learn(model), learn(plain)
     assert_equal_numbers(ours, theirs)
@@ -168,7 +169,8 @@ def test_what_becomes_int8(folder):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_give_the_same(checkpoint, checkpointing):
     torch._dynamo.reset()
-    model = load(checkpoint, checkpointing=checkpointing)
+    model = load(checkpoint)
+    model.checkpointing = checkpointing
     plain, _ = learn(model)
     for block in model.blocks().values():
         block.compile(backend="aot_eager")
