@@ -105,7 +105,8 @@ def check_values(cfg: Options, method: "Method") -> None:
         raise InputError(f"--ema {cfg.ema}: not a fraction; give a number in [0, 1], the paper has 0.9999")
     keeps = cfg.keep not in (None, NONE)
     if cfg.config:          # it has all values of the recipe, also those that this run has no use for: no mistakes
-        cfg = replace(cfg, **dict.fromkeys(vars(cfg).keys() & vars(TURBO).keys() - {"keep", "name"}))
+        filled = vars(cfg).keys() & vars(TURBO).keys() - {"keep", "name"}
+        cfg = Options(**vars(cfg) | dict.fromkeys(filled))
     if cfg.grad_states is not None and "learned" not in method.needs and not (keeps and method.keeps == "dopsd"):
         raise InputError(f"--grad-states {cfg.grad_states}: only for --method dopsd, off-policy and for --keep, not "
                          f"{cfg.method}; leave it out")
