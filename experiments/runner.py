@@ -115,7 +115,8 @@ def perform(title: str, jobs: list[Job], results: Results, workers: int, make: C
     print(f"{title}: {count} measurements of {len(jobs)} runs", flush=True)
     with contextlib.closing(work(jobs, workers, make)) as messages:
         for job, message in messages:
-            clock.does(job, 1 / len(job.measurements) if isinstance(message, dict) else 1)
+            by_one = isinstance(message, dict) and workers == 1             # several tell of a job when it is done
+            clock.does(job, 1 / len(job.measurements) if by_one else 1)
             if isinstance(message, dict):
                 results.add(message)
                 done += 1

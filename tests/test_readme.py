@@ -98,7 +98,10 @@ def test_commands_name_what_is_there_or_what_an_earlier_one_writes(path):
         elif words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), command
         if words[:2] == ["python", "train.py"]:
-            data = Path(words[words.index("--data") + 1]).name
+            if "--config" in words:                                     # a run that is repeated
+                assert str(Path(words[words.index("--config") + 1]).parent) in made and "--out" in words, command
+            data = Path(words[words.index("--data") + 1]).name if "--data" in words else ""
+            assert data or "--config" in words, command
             made.add(words[words.index("--out") + 1] if "--out" in words else f"out/{data}")
         for word in words:
             word = word.split("=", 1)[-1]
