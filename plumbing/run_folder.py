@@ -126,7 +126,6 @@ class Run:
             self.tuned.save(folder, facts, self.with_teacher)
         if self.team.is_first:
             write_tensors(self.out / STATE, state, {"step": str(self.step)})
-            report.write(self.out)
 
     @contextmanager
     def saved_on_errors(self) -> Iterator[None]:
@@ -138,6 +137,8 @@ class Run:
                 with suppress(InputError):                              # what went wrong first is what is told
                     self.save()
             raise
+        if self.team.is_first:                                          # done, or interrupted and saved
+            report.write(self.out)
 
     def load(self) -> None:
         """Continue from the state file. Raises InputError when it is damaged or does not belong to these options."""
@@ -195,7 +196,6 @@ class Run:
             keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
             write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
                                                   "data": data, "processes": self.team.size, **provenance()})
-            report.write(self.out)
 
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:

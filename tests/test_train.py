@@ -265,7 +265,8 @@ def test_checkpointing_changes_no_number(run):
 @pytest.mark.quick
 def test_what_a_run_leaves_behind(run, capsys, checkpoint):
     out = run("name", "--steps", 3, "--sample-every", 2, "--seed", 8)
-    assert {path.name for path in out.iterdir()} == {*FILES, "config.json", "metrics.jsonl", "samples", ".lock"}
+    assert {path.name for path in out.iterdir()} == {*FILES, "config.json", "metrics.jsonl", "samples", ".lock",
+                                                     "report.html"}
     steps = [f"step_{n:06d}.png" for n in (0, 2, 3)]
     assert sorted(path.name for path in (out / "samples").iterdir()) == steps
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
