@@ -53,7 +53,8 @@ sample.main(["--prompt", "a big [V]", "--reference", "examples/star/1.png", "--t
 def changed(tmp_path_factory) -> Path:
     """A copy of the code with all diffs, one after the other, in which everything was run."""
     copy = tmp_path_factory.mktemp("research") / "copy"
-    for path in [path for folder in (".", "networks", "plumbing", "tiny") for path in (ROOT / folder).glob("*.py")]:
+    for path in [path for folder in (".", "networks", "plumbing", "tiny") for kind in ("py", "html")
+                 for path in (ROOT / folder).glob(f"*.{kind}")]:
         (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy / path.relative_to(ROOT))
     for name in ("examples", "tiny/model"):
