@@ -313,8 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     if subject.lora:
         lora_files.load(subject.lora, skeleton)
     steps = list(dict.fromkeys([recipe.inference_steps, *map(int, cfg.steps)]))
-    about = {"model": str(subject.folder), "lora": subject.lora or subject.transformer, "data": subject.data,
-             "steps": steps, "seed": cfg.seed}
+    about = {"model": str(subject.folder).removeprefix(f"{ROOT}/"), "data": ", ".join(subject.data),
+             "weights": subject.lora or subject.transformer, "seed": cfg.seed}
     values: dict[str, list] = {}
     is_small = recipe is backbone.recipes[1]
     if is_small and not any((cfg.clip, cfg.dino, cfg.judge, cfg.prompts, cfg.ordinary, cfg.write_prompts)):

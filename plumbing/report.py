@@ -132,7 +132,8 @@ def scores(runs: list[Run]) -> str:
             gap, word = row.get("difference"), ""
             if gap:
                 word = {"same": "changed", ("lower", "higher")[gap["low"] > 0]: "better"}.get(row["better"], "worse")
-                word = "no clear difference" if gap["low"] <= 0 <= gap["high"] else word
+                is_small = row["better"] == "same" and abs(gap["mean"]) < 0.02 * abs(row["base"])
+                word = "no clear difference" if gap["low"] <= 0 <= gap["high"] or is_small else word
             sides = ["" if row.get(side) is None else f"{row[side]:.3g}" for side in ("base", "student", "teacher")]
             lines.append([row["steps"], row["group"], row["measure"], run.name, *sides,
                           "{mean:+.3g} [{low:+.3g}, {high:+.3g}]".format(**gap) if gap else "", word])
