@@ -62,7 +62,7 @@ def test_the_whole_is_small():
     several = {ROOT / "plumbing" / "full.py", ROOT / "plumbing" / "team.py"}    # all weights, several processes
     assert sum(len(lines(path)) for path in several) <= 300 and several < needed
     page = {ROOT / "plumbing" / "report.py"}
-    assert sum(len(lines(path)) for path in page) <= 190 and page < needed
+    assert sum(len(lines(path)) for path in page) <= 200 and page < needed
     assert len(lines(ROOT / "plumbing" / "report.html")) <= 250
     assert sum(len(lines(path)) for path in needed - several - page) <= 4672
 
