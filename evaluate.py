@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(subject.out / "scores.json", {"about": about, "rows": rows, "missing": MISSING, "pictures": written,
                                              "values": values})
     print(told(rows), f"done     {subject.out / 'scores.json'}, pictures in {subject.out / 'evaluation'}", sep="\n")
-    if cfg.run:
+    if cfg.run and not cfg.out:
         print(f"report   {report.write(Path(cfg.run))}")
     return 0
 
