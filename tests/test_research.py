@@ -23,7 +23,7 @@ import sample, train
 from baselines import mixed
 from data import generator
 from encoder import TEACHER_CONTEXTS
-from loss import WEIGHTS
+from loss import WEIGHTS, weight_of
 from plumbing import encoder_files
 from plumbing.checkpoints import EMBEDDED
 from rollout import Point
