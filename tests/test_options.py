@@ -217,13 +217,16 @@ def test_choices_are_the_names_of_what_they_choose():
 
 
 # ------------------------------------------------------------------------------------------- below the options
+FILLED = [field.name for field in dataclasses.fields(train.Options)     # a recipe's own name is not --name
+          if hasattr(recipes.SMALL, field.name) and field.name != "name"]
+
+
 def test_help_shows_the_recipes_values(capsys):
     """A row for each option that recipes fill in, with the values that `fill` takes, in aligned columns."""
     shown = help_of(train, capsys)
     head, *lines = shown.split(f"{BELOW[0]}:\n")[1].split(f"{BELOW[1]}:\n")[0].splitlines()
     rows = {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines) if len(cells) == 4}
-    names = {"--" + field.name.replace("_", "-"): field.name for field in dataclasses.fields(train.Options)
-             if hasattr(recipes.SMALL, field.name)}
+    names = {"--" + name.replace("_", "-"): name for name in FILLED}
     assert rows.keys() == names.keys() and len(rows) > 15
     assert re.split(r"  +", head.strip()) == ["embedded", "Z-Image-Turbo", "FLUX.2-klein"]
     for column, recipe in enumerate((recipes.SMALL, recipes.TURBO, recipes.FLUX2)):
@@ -236,9 +239,8 @@ def test_help_shows_the_recipes_values(capsys):
 
 
 def test_what_the_help_says_about_the_recipe_without_a_column(capsys):
-    names = [field.name for field in dataclasses.fields(train.Options) if hasattr(recipes.SMALL, field.name)]
     small, flux2 = recipes.SMALL, recipes.SMALL_FLUX2
-    assert [name for name in names if getattr(small, name) != getattr(flux2, name)] == ["teacher_context"]
+    assert [name for name in FILLED if getattr(small, name) != getattr(flux2, name)] == ["teacher_context"]
     assert flux2.teacher_context == "reference" and flux2.keep_edits == str(ROOT / "examples" / "edits")
     shown = " ".join(help_of(train, capsys).split())
     assert "tiny/flux2: as embedded, but --teacher-context reference; for editing, --keep examples/edits" in shown
