@@ -1,4 +1,4 @@
-"""Few steps from many: `python -m tiny.making.lightning --from 64 --to 16`, then `--teacher DIR --from 16 --to 8`, ...
+"""Few steps from many: the method. `python -m tiny.making.lightning_stage` trains a stage of it.
 
 SDXL-Lightning, progressive adversarial distillation (arXiv 2402.13929, Sections 2.3 and 3). A teacher crosses a segment
 of the student's grid in n solver steps (Eq. 7 to 13), the student in one (Eq. 14, 15):
@@ -23,40 +23,20 @@ Differs from the paper:
    that v does not have). Pure noise is at sigma = 1 by definition (3.5).
 6. Learning rates are larger and batches smaller: 16 instead of 512. What is kept is an average of the weights.
 """
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import lora
 from model import Context, ZImageTransformer
-from plumbing import program
 from plumbing.backbone import Transformer
-from plumbing.checkpoints import backbone_of, model_folder, shift_rule
-from plumbing.files import (InputError, append_json_line, check_writable, keep_json_lines, open_safetensors, read_json,
-                            write_json, write_tensors)
-from plumbing.full import WEIGHTS, Full
-from plumbing.machine import device_and_dtype
-from plumbing.options import option, parse
-from plumbing.run_folder import alone
-from plumbing.team import ALONE
 from rollout import Velocity, euler, sigma_grid
-from tiny.making.material import (LORA_FILE, WORLD, Captions, World, lora_file, merged, read_network, undistilled,
-                                  warn_distilled)
-from tiny.models import guided
 from tiny.world import generator
 
-NOISED = (0.0850, 0.4093, 0.6131, 0.7889)   # sigma with the signal-to-noise of SDXL's t = 10, 250, 500, 750
-LORA, FULL = "lora", "full"
-WON, WON_STEPS = 0.02, 100                  # loss of D at which it has won, if it stays there for so many steps
-HEAD_START = 25                             # steps of a stage in which D alone learns
+NOISED = (0.0895, 0.4103, 0.6181, 0.8039)   # sigma with the signal-to-noise of SDXL's t = 10, 250, 500, 750
 
 
 # ---------------------------------------------------------------------------------------------------- segments
@@ -145,6 +125,7 @@ class Discriminator(nn.Module):
         self.backbone, self.sees_x_t, self.learns = backbone.requires_grad_(learns), sees_x_t, learns
         names = list(backbone.blocks())
         names = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]     # the main ones
+        depths = min(depths, len(names))
         self.read = [names[len(names) * (i + 1) // depths - 1] for i in range(depths)]
         self.heads = nn.ModuleList([head(width * (1 + sees_x_t)) for _ in self.read])
 
@@ -219,223 +200,5 @@ class Lesson:
         before = [tokens.detach() for tokens in before]     # of D before its step; a pass less
         with fixed(critic):
             fake = critic.features(self.seen(self.fake), self.seen_at, context)
-            yield loss_of_student(critic(fake, before))                                 # Eq. 21
-
-
-# ---------------------------------------------------------------------------------------------------- the program
-@dataclass
-class Options:
-    from_steps: int = option(64, "solver steps of the teacher")
-    to_steps: int = option(16, "solver steps of the student; they divide those of the teacher")
-    teacher: str = option("", "what teaches: a folder with a transformer/ or a LoRA, such as the --out of the stage "
-                          "before; without it the undistilled model, with guidance and by MSE")
-    init: str = option("", "what the student starts from; default the teacher")
-    model: str = option("embedded", "checkpoint folder or hub id of an undistilled model; default the embedded one")
-    data: str = option(WORLD, "captions: a .jsonl or a folder of .txt; default those of the embedded models' world")
-    out: str = option("out/tiny/lightning", "folder of the state, the log and the result")
-    tune: str = option(FULL, "what is trained: all weights, or a LoRA on the undistilled model", choices=(FULL, LORA))
-    rank: int = option(16, "of a new LoRA")
-    relaxed: bool = option(False, "D does not see x_t (Eq. 23)")
-    critic: str = option("heads", "what of D learns: its heads, or the whole of it, as published",
-                         choices=("heads", "whole"))
-    guidance: float = option(2.0, "of the undistilled model, where it teaches")
-    steps: int = option(600, "optimizer steps")
-    batch: int = option(16, "states in a step")
-    lr: float = option(1e-4, "learning rate of the student")
-    critic_lr: float = option(1e-3, "learning rate of D")
-    anchor: float = option(0.1, "weight of the MSE beside the adversarial loss")
-    ema: float = option(0.99, "of the student's weights, which the result is")
-    size: int = option(1024, "pixels of a side, with --data; the world has its own")
-    save_every: int = option(100, "optimizer steps between saves")
-    seed: int = option(0, "of captions, noise and new weights")
-    device: str = option("auto", "cpu, cuda or auto")
-
-    def check(self) -> None:
-        """Raises InputError on numbers that cannot be meant."""
-        for name in ("from_steps", "to_steps", "rank", "steps", "batch", "size", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
-        for name, most in (("lr", 1), ("critic_lr", 1), ("anchor", 1e6), ("guidance", 100), ("ema", 1)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}")
-        if self.from_steps % self.to_steps or self.from_steps == self.to_steps:
-            raise InputError(f"--from-steps {self.from_steps} --to-steps {self.to_steps}: the student's steps do not "
-                             f"divide the teacher's; give a multiple, such as {2 * self.to_steps}")
-        if self.relaxed and not self.teacher:
-            raise InputError("--relaxed: without --teacher there is no discriminator; give the stage before")
-        if not 0 <= self.seed < 2 ** 32:
-            raise InputError(f"--seed {self.seed}: give a number from 0 to {2 ** 32 - 1}")
-
-
-class Training:
-    """A stage between two steps."""
-
-    def __init__(self, cfg: Options) -> None:
-        """Raises InputError."""
-        self.cfg, self.out, self.step, self.won = cfg, Path(cfg.out), 0, 0
-        folder = model_folder(cfg.model)
-        base, device, dtype = undistilled(folder), *device_and_dtype(cfg.device, "auto")
-        teacher, init = (Path(path) if path else None for path in (cfg.teacher, cfg.init or cfg.teacher))
-        if teacher is None:
-            warn_distilled(base)
-        self.device, self.is_adversarial, torch_seed = device, teacher is not None, cfg.seed
-        self.source = (World(folder, cfg.seed) if cfg.data == WORLD else
-                       Captions(folder, Path(cfg.data), cfg.size, device, dtype))
-        self.teaches, self.teaching = read_network(teacher, base, device, dtype)
-        torch.manual_seed(torch_seed)                                                   # of D's heads
-        self.tuned = tuned_of(cfg, base, init, device, dtype)
-        betas = (0.0, 0.99) if self.is_adversarial else (0.9, 0.999)
-        self.optimizer = torch.optim.Adam(self.tuned.parameters().values(), lr=cfg.lr, betas=betas)
-        if self.is_adversarial:
-            backbone, learns = backbone_of(base), cfg.critic == "whole"
-            width = backbone.width(read_json(base / "transformer" / "config.json"))
-            network = backbone.load(base, device, torch.float32 if learns else dtype)
-            self.critic = Discriminator(network, width, not cfg.relaxed, learns).to(device)
-            self.learned = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
-            self.critic_optimizer = torch.optim.Adam(self.learned.values(), lr=cfg.critic_lr, betas=betas)
-        shift = shift_rule(folder)(cfg.to_steps, *self.source.shape[1:])
-        self.grid = segments(shift, cfg.to_steps, cfg.from_steps // cfg.to_steps)
-        self.walkers = Walkers(self.source, cfg.batch, cfg.to_steps, cfg.seed)
-
-    # ------------------------------------------------------------------------------------------------ one step
-    def lesson(self) -> tuple[Lesson, list[Context]]:
-        """The batch of this step, and its contexts."""
-        cfg, walkers, device = self.cfg, self.walkers, self.device
-        walkers.begin(self.step)
-        mine, told = ([context.to(device) for context in side] for side in walkers.contexts)
-        empty = [self.source.empty.to(device)] * cfg.batch
-        guidance = 1.0 if self.is_adversarial else cfg.guidance
-        g = generator(cfg.seed + 1, self.step)
-        noise, levels = torch.randn(walkers.x.shape, generator=g), torch.zeros(cfg.batch)
-        if cfg.to_steps <= 2:
-            levels = torch.tensor(NOISED)[torch.randint(len(NOISED), (cfg.batch,), generator=g)]
-        return Lesson(walkers.x.to(device), self.grid[walkers.k].to(device), self.tuned.student(mine),
-                      guided(self.teaches, told, empty, guidance, self.teaching), noise.to(device),
-                      levels.to(device)), mine
-
-    def learn(self) -> dict[str, float]:
-        """One optimizer step of D and of the student; returns numbers for the log. Raises InputError."""
-        lesson, context = self.lesson()
-        loss, numbers = lesson.mse, {"mse": lesson.mse.item()}
-        if self.is_adversarial:
-            losses = lesson.losses(self.critic, context)
-            of_critic = next(losses)
-            numbers["D"] = of_critic.item()
-            self.update(self.critic_optimizer, of_critic, lambda: nn.utils.clip_grad_norm_(self.learned.values(), 1.0))
-            of_student = next(losses)
-            numbers["G"] = of_student.item()
-            loss = of_student + self.cfg.anchor * lesson.mse
-        if not self.is_adversarial or self.step >= HEAD_START:
-            self.update(self.optimizer, loss, lambda: self.tuned.clip_(1.0))
-            self.tuned.ema_(self.cfg.ema)
-        self.walkers.advance(lesson.fake.detach().cpu())
-        self.step += 1
-        return numbers
-
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, clip) -> None:
-        """Raises InputError, and changes nothing, where a loss or a gradient is not finite."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(clip())
-        if not math.isfinite(loss.item()) or not math.isfinite(norm):
-            raise InputError(f"step {self.step + 1}: loss {loss.item()}, gradient norm {norm}; the state of the last "
-                             f"save is in {self.out}; start anew with another --out and a smaller --lr or --critic-lr")
-        optimizer.step()
-
-    def watch(self, loss: float) -> None:
-        """Raises InputError when D has won; the state is saved before."""
-        self.won = self.won + 1 if loss < WON else 0
-        if self.won >= WON_STEPS:
-            self.save()
-            raise InputError(f"step {self.step}: the discriminator tells teacher and student apart without fail (its "
-                             f"loss is below {WON} for {WON_STEPS} steps), so the student learns nothing from it; the "
-                             f"state is in {self.out}; start anew with a smaller --critic-lr or a larger --anchor")
-
-    # ------------------------------------------------------------------------------------------------ files
-    def parts(self) -> dict[str, tuple[torch.optim.Optimizer, dict[str, Tensor]]]:
-        """What learns: name -> optimizer, its tensors by name."""
-        found = {"student": (self.optimizer, self.tuned.parameters())}
-        return found | ({"critic": (self.critic_optimizer, self.learned)} if self.is_adversarial else {})
-
-    def save(self) -> None:
-        """The result, then one file from which `load` continues; each whole or not at all."""
-        state = {f"tuned.{name}": tensor for name, tensor in self.tuned.state().items()} | self.walkers.state()
-        state |= {"step": torch.tensor(self.step), "won": torch.tensor(self.won)}
-        state |= {f"critic.{name}": tensor for name, tensor in (self.learned if self.is_adversarial else {}).items()}
-        for part, (optimizer, tensors) in self.parts().items():
-            for name, tensor in tensors.items():
-                state |= {f"adam.{part}.{name}.{key}": value for key, value in optimizer.state[tensor].items()}
-        facts = {"solver_steps": str(self.cfg.to_steps), "step": str(self.step)}
-        if isinstance(self.tuned, Full):
-            write_json(self.out / "transformer" / "config.json", self.tuned.config)
-            write_tensors(self.out / "transformer" / f"{WEIGHTS}.safetensors",
-                          dict(self.tuned.slow.named_parameters()), {"format": "pt", **facts})
-        else:
-            lora.save(self.tuned.theta_bar, self.out / LORA_FILE, facts)
-        write_tensors(self.out / "state.safetensors", state)
-
-    def load(self) -> None:
-        """Go on from the state in --out, if there is one. Raises InputError."""
-        if not (self.out / "state.safetensors").is_file():
-            return
-        with open_safetensors(self.out / "state.safetensors") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-        self.step, self.won = int(state["step"]), int(state["won"])
-        self.tuned.load_state({name[len("tuned."):]: tensor for name, tensor in state.items() if "tuned." in name[:6]})
-        self.walkers.load_state(state)
-        for name, tensor in (self.learned if self.is_adversarial else {}).items():
-            tensor.data.copy_(state[f"critic.{name}"])
-        for part, (optimizer, tensors) in self.parts().items():
-            for name, tensor in tensors.items():
-                prefix = f"adam.{part}.{name}."
-                optimizer.state[tensor] = {key: state[prefix + key] for key in ("step", "exp_avg", "exp_avg_sq")
-                                           if prefix + key in state}
-
-
-def tuned_of(cfg: Options, base: Path, init: Path | None, device: torch.device, dtype: torch.dtype):
-    """The student, and the average of its weights: a LoRA on `base`, or a network of its own."""
-    if cfg.tune == LORA and (init is None or lora_file(init)):
-        network, adapter = read_network(init, base, device, dtype)
-        rank = adapter.rank if adapter else cfg.rank
-        tuned = lora.Tuned(network, rank, rank, cfg.seed)
-        for mine in (tuned.theta, tuned.theta_bar) if adapter else ():
-            if mine.weights.keys() != adapter.weights.keys():
-                raise InputError(f"--init {init}: not a LoRA of all attention and feed-forward layers; give the result "
-                                 "of a stage with --tune lora")
-            mine.load_tensors(adapter.tensors())
-        return tuned
-    if cfg.tune == LORA:
-        raise InputError(f"--init {init}: holds a whole network, and a LoRA is one of the undistilled model; give the "
-                         "result of a stage with --tune lora, or --tune full")
-    config = read_json((base if init is None or lora_file(init) else init) / "transformer" / "config.json")
-    return Full(lambda precision: merged(*read_network(init, base, device, precision)), config, torch.float32, ALONE,
-                "ema", needs_base=False)
-
-
-def main(argv: list[str] | None = None) -> int:
-    cfg = parse(Options, argv, __doc__.split("\n\n")[0])
-    cfg.check()
-    out, settings = Path(cfg.out), {**asdict(cfg), "save_every": 0, "steps": 0, "out": ""}
-    check_writable(out, f"--out {out}")
-    if (out / "stage.json").is_file() and read_json(out / "stage.json", "options")["options"] != settings:
-        raise InputError(f"--out {out}: holds a stage with other options; give those of its stage.json, or another "
-                         "--out")
-    with alone(out):
-        training = Training(cfg)
-        training.load()
-        write_json(out / "stage.json", {"options": settings})
-        keep_json_lines(out / "log.jsonl", lambda numbers: numbers["step"] <= training.step)
-        bar = tqdm(range(training.step, cfg.steps), initial=training.step, total=cfg.steps, mininterval=5)
-        for _ in bar:
-            numbers = training.learn()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()}, refresh=False)
-            append_json_line(out / "log.jsonl", {"step": training.step, **numbers})
-            training.watch(numbers.get("D", math.inf))
-            if training.step % cfg.save_every == 0 or training.step == cfg.steps:
-                training.save()
-    print(f"done     {out}: {cfg.to_steps} steps, after {training.step} optimizer steps")
-    return 0
-
-
-if __name__ == "__main__":
-    program.run(main)
+            loss = loss_of_student(critic(fake, before))                                # Eq. 21
+        yield loss
