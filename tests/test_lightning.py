@@ -13,7 +13,7 @@ from model import Context
 from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError
 from rollout import euler, sample, sigma_grid
-from tiny import few_steps
+from tiny import few_steps, few_tuned
 from tiny.making import lightning, lightning_stage, material
 from tiny.making.lightning import (Discriminator, Lesson, Walkers, cross, loss_of_discriminator, loss_of_student,
                                    segments)
@@ -335,3 +335,29 @@ def test_measures_of_few_steps(monkeypatch):
     assert numbers["ordinary, decided"] > .99 and .3 < numbers["diversity"] < .7
     assert few_steps.table({"base": {"2": numbers}}).splitlines()[-1].startswith("| base | 2 | ")
     assert len(z_image_grid(2)) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- D-OPSD on top
+def test_a_model_is_put_together_from_a_network_and_the_rest(tmp_path):
+    model = few_tuned.assemble(Z_IMAGE_BASE, tmp_path / "model")
+    assert {path.name for path in model.iterdir()} == {path.name for path in EMBEDDED.iterdir()}
+    assert (model / "transformer").resolve() == Z_IMAGE_BASE / "transformer"
+    assert (few_tuned.assemble(Z_IMAGE_BASE, tmp_path / "model") / "vae").resolve() == EMBEDDED / "vae"
+    with pytest.raises(InputError, match="no transformer/"):
+        few_tuned.assemble(tmp_path, tmp_path / "other")
+
+
+def test_rows_of_the_table_are_means_over_concepts_and_seeds():
+    def line(steps: int, row: str, concept: float, **more: float) -> dict:
+        return {"steps": steps, "row": row, "measures": {"concept": concept, **more}}
+
+    lines = [line(2, "SFT", .5, ordinary=.9), line(2, "SFT", .7, ordinary=.8), line(4, "teacher's view", 1.0)]
+    assert few_tuned.table(lines).splitlines()[2:] == [
+        "| 4 | teacher's view | 1.000 |  |  |  |  | 1 |", "| 2 | SFT | 0.600 ± 0.141 | 0.850 ± 0.071 |  |  |  | 2 |"]
+
+
+@pytest.mark.parametrize("entry", ["four=a", "4=", "0=a", "a"])
+def test_models_need_a_number_of_steps(entry, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["few_tuned", "--network", entry, "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="write STEPS=FOLDER"):
+        few_tuned.main()
