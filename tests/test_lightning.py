@@ -108,7 +108,7 @@ def contexts(seed: int) -> list[Context]:
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_gradients_reach_what_they_should(learns):
-    student, critic = random_transformer(1), Discriminator(random_transformer(2), 32, True, learns)
+    student, critic = random_transformer(1), Discriminator(random_transformer(2, n_layers=3), 32, True, learns)
     context = contexts(0)
     lesson = lesson_of(lambda x, sigma: student.velocity(x, sigma, context),
                        lambda x, sigma: random_transformer(3).velocity(x, sigma, context), between=2)
@@ -129,7 +129,7 @@ def test_gradients_reach_what_they_should(learns):
 
 def test_the_student_learns_to_be_taken_for_the_teacher():
     """A step of D against the student's picture lowers its loss, a step of the student along the gradient Eq. 21."""
-    critic, context = Discriminator(random_transformer(2), 32, True, False), contexts(0)
+    critic, context = Discriminator(random_transformer(2, n_layers=3), 32, True, False), contexts(0)
     v = torch.randn(3, 8, 4, 4, generator=seeded(9)).requires_grad_()
     lesson = lesson_of(lambda x, sigma: v, lambda x, sigma: torch.zeros_like(x))
     *_, loss = lesson.losses(critic, context)
@@ -144,8 +144,8 @@ def test_what_the_discriminator_looks_at():
     x, other = (torch.randn(3, 8, 4, 4, generator=seeded(seed)) for seed in (5, 6))
     sigma, context, text = torch.tensor([.2, .5, 1.0]), contexts(0), contexts(7)
     for sees_x_t in (True, False):
-        critic = Discriminator(random_transformer(2), 32, sees_x_t, False)
-        assert critic.read == ["layers.0", "layers.1"]
+        critic = Discriminator(random_transformer(2, n_layers=6), 32, sees_x_t, False)
+        assert critic.read == ["layers.1", "layers.3"] and len(critic.backbone.layers) == 4        # of six
         features = critic.features(x, sigma, context)
         assert [tuple(f.shape) for f in features] == [(3, 4, 32)] * 2                          # patches of 2 x 2
         before, elsewhere = (critic.features(start, sigma, context) for start in (x, other))
@@ -230,7 +230,9 @@ def test_every_stage_goes_on_bit_for_bit(stage, tune, monkeypatch):
     first = stage(f"{tune}-4", "--tune", tune, "--from-steps", "8", "--to-steps", "4", "--steps", "2", "--rank", "2")
     words = ("--tune", tune, "--teacher", str(first), "--from-steps", "4", "--to-steps", "2", "--save-every", "2")
     if tune == "full":
-        words += ("--critic", "whole", "--relaxed")
+        words += ("--relaxed",)
+    else:
+        words += ("--critic", "heads")
     whole, stopped = stage(f"{tune}-whole", *words, "--steps", "3"), stage(f"{tune}-stopped", *words, "--steps", "2")
     assert not same(whole, stopped, RESULT[tune])
     assert stage(f"{tune}-stopped", *words, "--steps", "3") == stopped

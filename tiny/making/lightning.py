@@ -12,10 +12,10 @@ Then the student is the next stage's teacher. Here t is sigma, t - n s is sigma'
 Differs from the paper:
 1. Captions suffice. States are those of the student's own walk, which it has in hand (`Walkers`); the paper adds noise
    to pictures (Eq. 6) and mixes in noise levels that are not on the grid (3.7.1).
-2. D's backbone is the whole undistilled transformer, read at several depths, since there is no encoder and middle
-   block. By default it stays frozen and only small heads learn; `--critic whole` trains all, as published. A head
-   judges each token of the image, and losses are means over tokens and depths: one value for each picture is too little
-   to learn from when a batch has 16.
+2. D's backbone is the undistilled transformer up to two thirds of its depth, read at one and at two thirds, for want of
+   an encoder and a middle block. It is trained, as published; `--critic heads` leaves it as it was, and then D sees
+   hardly anything (tiny/README.md). A head judges each token of the image, and losses are means over tokens and depths:
+   one value for each picture is too little to learn from when a batch has 16.
 3. A small MSE stays beside the adversarial loss (--anchor; 0 is as published).
 4. D is noised (Eq. 25, 26) where the paper's 1- and 2-step stages end, at x0, at its four levels in equal
    signal-to-noise; weighted 1:1:1:1 throughout. Real and fake get the same noise.
@@ -117,16 +117,17 @@ def head(width: int) -> nn.Module:
 class Discriminator(nn.Module):
     """Logits of "the teacher made this": D of Eq. 22, or D' of Eq. 23 without x_t."""
 
-    def __init__(self, backbone: Transformer, width: int, sees_x_t: bool, learns: bool, depths: int = 3) -> None:
-        """backbone: a copy of the pre-trained network, `width` wide. learns: whether it is trained, or the heads alone.
-        depths: number of blocks whose tokens are looked at, the last one among them."""
+    def __init__(self, backbone: Transformer, width: int, sees_x_t: bool, learns: bool) -> None:
+        """backbone: a copy of the pre-trained network, `width` wide; what lies behind two thirds of its depth is cut
+        off. learns: whether it is trained, or the heads alone."""
         super().__init__()
         assert isinstance(backbone, nn.Module)
         self.backbone, self.sees_x_t, self.learns = backbone.requires_grad_(learns), sees_x_t, learns
-        names = list(backbone.blocks())
-        names = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]     # the main ones
-        depths = min(depths, len(names))
-        self.read = [names[len(names) * (i + 1) // depths - 1] for i in range(depths)]
+        group = list(backbone.blocks())[-1].rpartition(".")[0]                          # the main blocks
+        depth = len(getattr(backbone, group))
+        depths = sorted({max(depth // 3, 1), max(2 * depth // 3, 1)})
+        setattr(backbone, group, getattr(backbone, group)[:depths[-1]])
+        self.read = [f"{group}.{depth - 1}" for depth in depths]
         self.heads = nn.ModuleList([head(width * (1 + sees_x_t)) for _ in self.read])
 
     def features(self, x: Tensor, sigma: Tensor, context: list) -> list[Tensor]:
@@ -144,7 +145,7 @@ class Discriminator(nn.Module):
         return [tokens[:, first:first + count] for tokens in seen]
 
     def forward(self, after: list[Tensor], before: list[Tensor]) -> Tensor:
-        """Features of x_t-ns and of x_t -> logits (B, depths * N); D' does not look at the latter."""
+        """Features of x_t-ns and of x_t -> logits (B, 2 N); D' does not look at the latter."""
         pairs = [torch.cat(pair, dim=-1) if self.sees_x_t else pair[0] for pair in zip(after, before or after)]
         return torch.cat([judge(pair).squeeze(-1) for judge, pair in zip(self.heads, pairs)], dim=1)
 

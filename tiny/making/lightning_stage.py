@@ -50,13 +50,13 @@ class Options:
     tune: str = option(FULL, "what is trained: all weights, or a LoRA on the undistilled model", choices=(FULL, LORA))
     rank: int = option(16, "of a new LoRA")
     relaxed: bool = option(False, "D does not see x_t (Eq. 23)")
-    critic: str = option("heads", "what of D learns: its heads, or the whole of it, as published; none: MSE alone",
-                         choices=("heads", "whole", "none"))
+    critic: str = option("whole", "what of D learns: the whole of it, as published, or its heads; none: MSE alone",
+                         choices=("whole", "heads", "none"))
     guidance: float = option(2.0, "of the undistilled model, where it teaches")
     steps: int = option(600, "optimizer steps")
     batch: int = option(16, "states in a step")
     lr: float = option(1e-4, "learning rate of the student")
-    critic_lr: float = option(1e-3, "learning rate of D")
+    critic_lr: float = option(1e-4, "learning rate of D; its new heads have ten times as much")
     anchor: float = option(0.1, "weight of the MSE beside the adversarial loss")
     ema: float = option(0.99, "of the student's weights, which the result is")
     size: int = option(1024, "pixels of a side, with --data; the world has its own")
@@ -106,7 +106,10 @@ class Training:
             network = backbone.load(base, device, torch.float32 if learns else dtype)
             self.critic = Discriminator(network, width, not cfg.relaxed, learns).to(device)
             self.learned = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
-            self.critic_optimizer = torch.optim.Adam(self.learned.values(), lr=cfg.critic_lr, betas=betas)
+            new = [p for name, p in self.learned.items() if name.startswith("heads.")]
+            old = [p for name, p in self.learned.items() if not name.startswith("heads.")]
+            self.critic_optimizer = torch.optim.Adam([{"params": new, "lr": 10 * cfg.critic_lr},
+                                                      {"params": old, "lr": cfg.critic_lr}], betas=betas)
         shift = shift_rule(folder)(cfg.to_steps, *self.source.shape[1:])
         self.grid = segments(shift, cfg.to_steps, cfg.from_steps // cfg.to_steps)
         self.walkers = Walkers(self.source, cfg.batch, cfg.to_steps, cfg.seed)
