@@ -14,9 +14,10 @@ from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError
 from rollout import euler, sample, sigma_grid
 from tiny import few_steps, few_tuned
-from tiny.making import lightning, lightning_stage, material
+from tiny.making import lightning, lightning_pool, lightning_stage, material
 from tiny.making.lightning import (Discriminator, Lesson, Walkers, cross, loss_of_discriminator, loss_of_student,
                                    segments)
+from tiny.making.lightning_pool import Pool
 from tiny.models import Z_IMAGE_BASE, z_image_grid
 
 pytestmark = pytest.mark.quick
@@ -88,10 +89,23 @@ def test_noise_before_the_discriminator_at_x0_alone():
 
     lesson = lesson_of(still, still, level=0.25)
     assert lesson.seen_at.tolist() == [*segments(3.0, 4, 1)[:2, 1].tolist(), .25]
-    seen = lesson.seen(lesson.fake)
+    critic, shown = Discriminator(random_transformer(2, n_layers=3), 32, True, False), []
+    critic.features = lambda x, sigma, context: shown.append((x, sigma)) or [torch.zeros(len(x), 4, 32)] * 2
+    assert len(list(lesson.losses(critic, [0, 1, 2]))) == 2 and len(shown) == 4            # x_t, real, fake, fake
+    (x, sigma), (seen, at) = shown[0], shown[2]
+    assert torch.equal(x, lesson.x) and torch.equal(sigma, lesson.sigma) and torch.equal(at, lesson.seen_at)
     assert torch.equal(seen[:2], lesson.fake[:2])
     torch.testing.assert_close(seen[2], .75 * lesson.fake[2] + .25 * lesson.noise[2])
-    assert torch.equal(lesson_of(still, still).seen(lesson.fake), lesson.fake)
+    shown.clear()
+    list(lesson.losses(critic, [0, 1, 2], below=.5))
+    assert [len(x) for x, _ in shown] == [1] * 4 and torch.equal(shown[2][0], seen[2:])
+    shown.clear()
+    critic.sees_x_t, critic.heads = False, Discriminator(random_transformer(2, n_layers=3), 32, False, False).heads
+    x0 = torch.randn(3, 8, 4, 4, generator=seeded(8))
+    list(lesson.losses(critic, [0, 1, 2], pool=(x0, [3, 4, 5])))                           # real, fake, fake
+    sigma = lesson.sigma_next[:2].view(2, 1, 1, 1)
+    torch.testing.assert_close(shown[0][0][:2], (1 - sigma) * x0[:2] + sigma * lesson.noise[:2])
+    torch.testing.assert_close(shown[0][0][2], .75 * x0[2] + .25 * lesson.noise[2])
 
 
 def test_levels_of_noise_have_the_signal_to_noise_of_sdxl():
@@ -225,12 +239,16 @@ RESULT = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": mat
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_every_stage_goes_on_bit_for_bit(stage, tune, monkeypatch):
+def test_every_stage_goes_on_bit_for_bit(stage, checkpoint, captions, tune, monkeypatch):
     monkeypatch.setattr(lightning_stage, "HEAD_START", 1)
     first = stage(f"{tune}-4", "--tune", tune, "--from-steps", "8", "--to-steps", "4", "--steps", "2", "--rank", "2")
     words = ("--tune", tune, "--teacher", str(first), "--from-steps", "4", "--to-steps", "2", "--save-every", "2")
     if tune == "full":
-        words += ("--relaxed",)
+        pool = first.parent / "pool"
+        lightning_pool.main(["--model", str(checkpoint), "--data", str(captions), "--size", "32", "--count", "17",
+                             "--steps", "2", "--device", "cpu", "--out", str(pool)])
+        assert len(Pool(pool).contexts) == len(Pool(pool).x0) == 32
+        words += ("--relaxed", "--pool", str(pool))
     else:
         words += ("--critic", "heads")
     whole, stopped = stage(f"{tune}-whole", *words, "--steps", "3"), stage(f"{tune}-stopped", *words, "--steps", "2")
@@ -258,6 +276,8 @@ def test_a_lora_is_merged_where_all_weights_are_trained(stage, checkpoint):
     (("--from-steps", "4", "--to-steps", "4"), "do not divide"),
     (("--to-steps", "0"), "--to-steps 0: give 1 or more"),
     (("--lr", "nan"), "--lr nan"),
+    (("--pool", "ROOT"), "--pool: belongs to --relaxed"),
+    (("--relaxed", "--teacher", "BASE", "--pool", "ROOT/none"), "no pictures there"),
     (("--relaxed",), "--relaxed: there is no discriminator"),
     (("--data", "ROOT/none.jsonl"), "no such folder"),
     (("--data", "ROOT/empty.jsonl"), "no rows"),

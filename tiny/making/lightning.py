@@ -21,7 +21,10 @@ Differs from the paper:
    signal-to-noise; weighted 1:1:1:1 throughout. Real and fake get the same noise.
 5. Every stage predicts v, the one-step one too (3.7.3 turns SDXL's from eps into x0 because of a 1 / alpha at t = 1
    that v does not have). Pure noise is at sigma = 1 by definition (3.5).
-6. Learning rates are larger and batches smaller: 16 instead of 512. What is kept is an average of the weights.
+6. D judges where sigma' is below --judge-below. Above, x_t-ns is nearly all noise on grids like this one's, D learns
+   nothing there, and what the student has to learn is smooth: the MSE does.
+7. Relaxed stages can take the teacher's own pictures for real, drawn once (lightning_pool.py).
+8. Learning rates are larger and batches smaller: 16 instead of 512. What is kept is an average of the weights.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from model import Context, ZImageTransformer
 from plumbing.backbone import Transformer
 from rollout import Velocity, euler, sigma_grid
+from tiny.making.material import pack, unpack
 from tiny.world import generator
 
 NOISED = (0.0895, 0.4103, 0.6181, 0.8039)   # sigma with the signal-to-noise of SDXL's t = 10, 250, 500, 750
@@ -92,20 +96,12 @@ class Walkers:
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs."""
-        found = {"walkers.x": self.x, "walkers.k": self.k}
-        for side, contexts in enumerate(self.contexts):
-            for i, context in enumerate(contexts):
-                for j, part in enumerate((context.text, *context.references)):
-                    found[f"walkers.{side}.{i}.{j}"] = part.clone()     # both sides may share one
-        return found
+        mine, told = self.contexts
+        return {"walkers.x": self.x, "walkers.k": self.k, **pack("walkers.mine", mine), **pack("walkers.told", told)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.x, self.k = state["walkers.x"], state["walkers.k"]
-        for side in (0, 1):
-            self.contexts[side] = []
-            for i in range(len(self.x)):
-                parts = [state[name] for j in range(9) if (name := f"walkers.{side}.{i}.{j}") in state]
-                self.contexts[side].append(Context(parts[0], tuple(parts[1:])))
+        self.contexts = [unpack(state, f"walkers.{side}", len(self.x)) for side in ("mine", "told")]
 
 
 # ---------------------------------------------------------------------------------------------------- discriminator
@@ -181,25 +177,38 @@ class Lesson:
                  levels: Tensor) -> None:
         """x: (B, C, H, W). sigmas: (B, n + 1), `segments` of each row. noise: like x; levels (B,): how much of it D
         is shown at x0 (Eq. 25, 26), 0 for none."""
-        self.x, self.sigma, sigma_next = x, sigmas[:, 0], sigmas[:, -1]
+        self.x, self.sigma, self.sigma_next = x, sigmas[:, 0], sigmas[:, -1]
         self.real, v = cross(teacher, x, sigmas), student(x, self.sigma)                # x_t-ns; Eq. 14
-        length = column(sigma_next - self.sigma)
+        length = column(self.sigma_next - self.sigma)
         self.fake = x + length * v                                                      # Eq. 15
         self.mse = (v - (self.real - x) / length).square().mean()                       # Eq. 16 / (sigma' - sigma)^2
-        self.noise, self.level = noise, torch.where(sigma_next == 0, levels, torch.zeros_like(levels))
-        self.seen_at = torch.where(sigma_next == 0, levels, sigma_next)
+        self.noise, is_x0 = noise, self.sigma_next == 0
+        self.level = torch.where(is_x0, levels, torch.zeros_like(levels))
+        self.seen_at = torch.where(is_x0, levels, self.sigma_next)
 
-    def seen(self, x: Tensor) -> Tensor:
-        """What D is shown of an x_t-ns."""
-        return (1 - column(self.level)) * x + column(self.level) * self.noise
+    def losses(self, critic: Discriminator, context: list, below: float = 1.0,
+               pool: tuple[Tensor, list] | None = None) -> Iterator[Tensor]:
+        """That of D, whose gradient reaches D alone; when it is asked for the next, that of the student.
 
-    def losses(self, critic: Discriminator, context: list) -> Iterator[Tensor]:
-        """That of D, whose gradient reaches D alone; when it is asked for the next, that of the student."""
-        before = critic.features(self.x, self.sigma, context) if critic.sees_x_t else []
-        real, fake = (critic.features(self.seen(x), self.seen_at, context) for x in (self.real, self.fake.detach()))
-        yield loss_of_discriminator(critic(real, before), critic(fake, before))         # Eq. 18 to 20
-        before = [tokens.detach() for tokens in before]     # of D before its step; a pass less
+        below: rows with a larger sigma' are not judged, if there are others. pool: x0 of the teacher's own walks (B, C,
+        H, W) and their contexts, which D' takes for real instead of where the teacher went from the student's states.
+        """
+        rows = (self.sigma_next < below).nonzero().flatten().tolist() or list(range(len(self.x)))
+
+        def features(x: Tensor, context: list) -> list[Tensor]:
+            level = column(self.level)[rows]
+            return critic.features((1 - level) * x[rows] + level * self.noise[rows], self.seen_at[rows],    # Eq. 25, 26
+                                   [context[row] for row in rows])
+
+        before = critic.features(self.x[rows], self.sigma[rows], [context[row] for row in rows]
+                                 ) if critic.sees_x_t else []
+        if pool is None:
+            real = features(self.real, context)
+        else:
+            sigma = column(self.sigma_next)
+            real = features((1 - sigma) * pool[0] + sigma * self.noise, pool[1])
+        yield loss_of_discriminator(critic(real, before), critic(features(self.fake.detach(), context), before))
+        before = [tokens.detach() for tokens in before]                 # of D before its step: a pass less
         with fixed(critic):
-            fake = critic.features(self.seen(self.fake), self.seen_at, context)
-            loss = loss_of_student(critic(fake, before))                                # Eq. 21
+            loss = loss_of_student(critic(features(self.fake, context), before))        # Eq. 21
         yield loss

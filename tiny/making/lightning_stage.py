@@ -27,7 +27,8 @@ from plumbing.options import option, parse
 from plumbing.run_folder import alone
 from plumbing.team import ALONE
 from tiny.making.lightning import NOISED, Discriminator, Lesson, Walkers, segments
-from tiny.making.material import (LORA_FILE, WORLD, Captions, World, lora_file, merged, read_network, undistilled,
+from tiny.making.lightning_pool import Pool
+from tiny.making.material import (LORA_FILE, WORLD, lora_file, merged, read_network, source_of, undistilled,
                                   warn_distilled)
 from tiny.models import guided
 from tiny.world import generator
@@ -50,6 +51,8 @@ class Options:
     tune: str = option(FULL, "what is trained: all weights, or a LoRA on the undistilled model", choices=(FULL, LORA))
     rank: int = option(16, "of a new LoRA")
     relaxed: bool = option(False, "D does not see x_t (Eq. 23)")
+    pool: str = option("", "folder of lightning_pool.py, whose pictures are real to D in a relaxed stage")
+    judge_below: float = option(0.9, "D judges steps that end at a noise level below this; 1 is all of them")
     critic: str = option("whole", "what of D learns: the whole of it, as published, or its heads; none: MSE alone",
                          choices=("whole", "heads", "none"))
     guidance: float = option(2.0, "of the undistilled model, where it teaches")
@@ -69,7 +72,8 @@ class Options:
         for name in ("from_steps", "to_steps", "rank", "steps", "batch", "size", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
-        for name, most in (("lr", 1), ("critic_lr", 1), ("anchor", 1e6), ("guidance", 100), ("ema", 1)):
+        for name, most in (("lr", 1), ("critic_lr", 1), ("anchor", 1e6), ("guidance", 100), ("ema", 1),
+                           ("judge_below", 1)):
             if not 0 <= getattr(self, name) <= most:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}")
         if self.from_steps % self.to_steps or self.from_steps == self.to_steps:
@@ -77,6 +81,8 @@ class Options:
                              f"divide the teacher's; give a multiple, such as {2 * self.to_steps}")
         if self.relaxed and (not self.teacher or self.critic == "none"):
             raise InputError("--relaxed: there is no discriminator without --teacher or with --critic none")
+        if self.pool and not self.relaxed:
+            raise InputError("--pool: belongs to --relaxed, where D does not see from where a picture comes")
         if not 0 <= self.seed < 2 ** 32:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {2 ** 32 - 1}")
 
@@ -93,8 +99,8 @@ class Training:
         if teacher is None:
             warn_distilled(base)
         self.device, self.is_adversarial = device, teacher is not None and cfg.critic != "none"
-        self.source = (World(folder, cfg.seed) if cfg.data == WORLD else
-                       Captions(folder, Path(cfg.data), cfg.size, device, dtype))
+        self.source = source_of(folder, cfg.data, cfg.size, cfg.seed, device, dtype)
+        self.pool = Pool(Path(cfg.pool)) if cfg.pool else None
         self.teaches, self.teaching = read_network(teacher, base, device, dtype)
         torch.manual_seed(cfg.seed)                                                   # of D's heads
         self.tuned = tuned_of(cfg, base, init, device, dtype)
@@ -130,12 +136,19 @@ class Training:
                       guided(self.teaches, told, empty, guidance, self.teaching), noise.to(device),
                       levels.to(device)), mine
 
+    def real_pictures(self) -> tuple[Tensor, list[Context]] | None:
+        """Of --pool, for this step."""
+        if self.pool is None:
+            return None
+        x0, contexts = self.pool.draw(self.cfg.batch, generator(self.cfg.seed + 3, self.step))
+        return x0.to(self.device), [context.to(self.device) for context in contexts]
+
     def learn(self) -> dict[str, float]:
         """One optimizer step of D and of the student; returns numbers for the log. Raises InputError."""
         lesson, context = self.lesson()
         loss, numbers = lesson.mse, {"mse": lesson.mse.item()}
         if self.is_adversarial:
-            losses = lesson.losses(self.critic, context)
+            losses = lesson.losses(self.critic, context, self.cfg.judge_below, self.real_pictures())
             of_critic = next(losses)
             numbers["D"] = of_critic.item()
             self.update(self.critic_optimizer, of_critic, lambda: nn.utils.clip_grad_norm_(self.learned.values(), 1.0))

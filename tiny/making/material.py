@@ -59,6 +59,26 @@ class Captions:
         return chosen, chosen
 
 
+def source_of(folder: Path, data: str, size: int, seed: int, device: torch.device, dtype: torch.dtype):
+    """What `--data` means."""
+    return World(folder, seed) if data == WORLD else Captions(folder, Path(data), size, device, dtype)
+
+
+def pack(name: str, contexts: list[Context]) -> dict[str, Tensor]:
+    """Contexts as tensors for a file, each a copy: two contexts may share one."""
+    return {f"{name}.{i}.{j}": part.clone() for i, context in enumerate(contexts)
+            for j, part in enumerate((context.text, *context.references))}
+
+
+def unpack(state: dict[str, Tensor], name: str, count: int) -> list[Context]:
+    """What `pack` gave."""
+    found = []
+    for i in range(count):
+        text, *references = [state[key] for j in range(9) if (key := f"{name}.{i}.{j}") in state]
+        found.append(Context(text, tuple(references)))
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------- networks
 def undistilled(model: Path) -> Path:
     """The folder of the network before distillation: of a checkpoint itself, unless it is an embedded one."""
