@@ -60,7 +60,7 @@ class Options:
     batch: int = option(16, "states in a step")
     lr: float = option(1e-4, "learning rate of the student")
     critic_lr: float = option(1e-4, "learning rate of D; its new heads have ten times as much")
-    anchor: float = option(0.1, "weight of the MSE beside the adversarial loss")
+    anchor: float = option(1.0, "weight of the MSE beside the adversarial loss")
     ema: float = option(0.99, "of the student's weights, which the result is")
     size: int = option(1024, "pixels of a side, with --data; the world has its own")
     save_every: int = option(100, "optimizer steps between saves")
