@@ -217,8 +217,12 @@ def test_choices_are_the_names_of_what_they_choose():
 
 
 # ------------------------------------------------------------------------------------------- below the options
-FILLED = [field.name for field in dataclasses.fields(train.Options)     # a recipe's own name is not --name
-          if hasattr(recipes.SMALL, field.name) and field.name != "name"]
+def names_that_recipes_fill() -> list[str]:
+    """Fields of both, but for `name`: a recipe's is not that of --name, which has a default of its own."""
+    common = [field for field in dataclasses.fields(train.Options) if hasattr(recipes.SMALL, field.name)]
+    assert {field.name for field in common if field.default is not None} == {"name"}
+    assert recipes.fill(train.Options(["photos"]), recipes.TURBO).name == "student"
+    return [field.name for field in common if field.name != "name"]
 
 
 def test_help_shows_the_recipes_values(capsys):
@@ -226,7 +230,7 @@ def test_help_shows_the_recipes_values(capsys):
     shown = help_of(train, capsys)
     head, *lines = shown.split(f"{BELOW[0]}:\n")[1].split(f"{BELOW[1]}:\n")[0].splitlines()
     rows = {cells[0]: cells[1:] for cells in (re.split(r"  +", line.strip()) for line in lines) if len(cells) == 4}
-    names = {"--" + name.replace("_", "-"): name for name in FILLED}
+    names = {"--" + name.replace("_", "-"): name for name in names_that_recipes_fill()}
     assert rows.keys() == names.keys() and len(rows) > 15
     assert re.split(r"  +", head.strip()) == ["embedded", "Z-Image-Turbo", "FLUX.2-klein"]
     for column, recipe in enumerate((recipes.SMALL, recipes.TURBO, recipes.FLUX2)):
@@ -239,8 +243,9 @@ def test_help_shows_the_recipes_values(capsys):
 
 
 def test_what_the_help_says_about_the_recipe_without_a_column(capsys):
+    names = names_that_recipes_fill()
     small, flux2 = recipes.SMALL, recipes.SMALL_FLUX2
-    assert [name for name in FILLED if getattr(small, name) != getattr(flux2, name)] == ["teacher_context"]
+    assert [name for name in names if getattr(small, name) != getattr(flux2, name)] == ["teacher_context"]
     assert flux2.teacher_context == "reference" and flux2.keep_edits == str(ROOT / "examples" / "edits")
     shown = " ".join(help_of(train, capsys).split())
     assert "tiny/flux2: as embedded, but --teacher-context reference; for editing, --keep examples/edits" in shown
