@@ -25,7 +25,7 @@ from plumbing.full import WEIGHTS, Full
 from plumbing.machine import device_and_dtype
 from plumbing.options import option, parse
 from plumbing.run_folder import alone
-from plumbing.team import ALONE
+from plumbing.team import ALONE, put
 from tiny.making.lightning import NOISED, Discriminator, Lesson, Walkers, segments
 from tiny.making.lightning_pool import Pool
 from tiny.making.material import (LORA_FILE, WORLD, lora_file, merged, read_network, source_of, undistilled,
@@ -211,7 +211,8 @@ class Training:
         with open_safetensors(self.out / "state.safetensors") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
         self.step, self.won = int(state["step"]), int(state["won"])
-        self.tuned.load_state({name[len("tuned."):]: tensor for name, tensor in state.items() if "tuned." in name[:6]})
+        for name, tensor in self.tuned.state().items():
+            put(tensor, state[f"tuned.{name}"])
         self.walkers.load_state(state)
         for name, tensor in (self.learned if self.is_adversarial else {}).items():
             tensor.data.copy_(state[f"critic.{name}"])
@@ -232,7 +233,8 @@ def tuned_of(cfg: Options, base: Path, init: Path | None, device: torch.device, 
             if mine.weights.keys() != adapter.weights.keys():
                 raise InputError(f"--init {init}: not a LoRA of all attention and feed-forward layers; give the result "
                                  "of a stage with --tune lora")
-            mine.load_tensors(adapter.tensors())
+            for name, tensor in mine.tensors().items():
+                put(tensor, adapter.tensors()[name])
         return tuned
     if cfg.tune == LORA:
         raise InputError(f"--init {init}: holds a whole network, and a LoRA is one of the undistilled model; give the "
