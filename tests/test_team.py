@@ -72,13 +72,14 @@ NETWORKS = tuple(f"{side}/transformer/diffusion_pytorch_model.safetensors" for s
 def test_two_processes_make_the_steps_of_one(base, tmp_path):
     """LoRA and all weights: ten steps of two with one batch each, as of one with two; also stopped in between, and
     continued alone."""
-    lora, full = ["--steps", "10", "--sample-every", "5"], ["--tune", "full", "--lr", "1e-3", "--sample-every", "2"]
-    base = base[:base.index("--cache")]
+    lora, full = ["--steps", "10", "--sample-every", "5"], ["--tune", "full", "--lr", "1e-3", "--sample-every", "4"]
+    base = [*base[:base.index("--cache")], "--cache", str(tmp_path / "features")]       # which the first run fills
     words = {"lora": [*base, *lora], "full": [*base[:base.index("--rank")], *base[base.index("--alpha") + 2:], *full]}
     runs = [[*words["lora"], "--out", str(tmp_path / "lora")],
             [*words["full"], "--steps", "3", "--out", str(tmp_path / "full")],
             [*words["full"], "--steps", "5", "--out", str(tmp_path / "full"), "--resume"],
-            [*words["full"], "--steps", "6", "--out", str(tmp_path / "states"), "--grad-states", "1"]]
+            [*words["full"], "--steps", "3", "--out", str(tmp_path / "states"), "--grad-states", "1",
+             "--sample-every", "0"]]
     done = together(runs)
     assert done.returncode == 0, done.stderr
     for kind, files, steps in (("lora", ADAPTERS, "10"), ("full", NETWORKS, "5")):
