@@ -28,15 +28,13 @@ ALPHAS: Kind = ("an object of patterns without groups and positive numbers", lam
 FLAG: Kind = "true or false", lambda value: isinstance(value, bool)
 NAMES = (
     (LAYERS, "n_layers num_layers num_single_layers num_hidden_layers layers_per_block depth"),
-    (whole(0, 1000), "n_refiner_layers"),
+    (whole(0, 1000), "n_refiner_layers"), (EITHER, "patch_size"), (ALPHAS, "alpha_pattern"),
     (SIZE, "dim in_channels out_channels n_heads n_kv_heads num_heads num_attention_heads num_key_value_heads head_dim "
            "attention_head_dim cap_feat_dim joint_attention_dim timestep_guidance_channels hidden_size out_hidden_size "
            "intermediate_size vocab_size latent_channels norm_num_groups spatial_merge_size temporal_patch_size"),
     (SIZES, "axes_dims axes_lens axes_dims_rope all_patch_size all_f_patch_size block_out_channels"),
-    (EITHER, "patch_size"),
     (NUMBER, "norm_eps rope_theta t_scale mlp_ratio eps rms_norm_eps scaling_factor batch_norm_eps lora_alpha"),
-    (ALPHAS, "alpha_pattern"), (FLAG, "qk_norm guidance_embeds"),
-    (OBJECT, "weight_map text_config vision_config options"))
+    (FLAG, "qk_norm guidance_embeds"), (OBJECT, "weight_map text_config vision_config options"))
 KINDS = {name: kind for kind, names in NAMES for name in names.split()}
 
 

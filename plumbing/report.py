@@ -156,6 +156,7 @@ def page(runs: list[Run]) -> bytes:
     model = str(given("model")) if is_real else "tiny/model"
     file = "student/transformer" if is_full else f"{given('name') or 'student'}.safetensors"
     flags = f"--model {quote(model)} " * is_real + "--quantize int8 " * (given("quantize") == "int8")
+    flags += "--source PICTURE.png " * (first.config.get("edits") is True)
     flags += "--transformer" if is_full else "--compare --lora"
     said = [first.attempt(path.name, lambda: open_image(path).info["prompt"]) for _, path in first.panels[-1:]]
     prompts = "".join(said).splitlines() or ["..."]
@@ -165,11 +166,13 @@ def page(runs: list[Run]) -> bytes:
              "weights": json.dumps(file), "out": json.dumps(first.out.as_posix()), "prompt": json.dumps(prompt),
              "model": json.dumps(model), "sampling": first.recipe.inference_steps if first.recipe else 8,
              "sample": f"python sample.py --prompt {words} {flags} {quote((first.out / file).as_posix())}",
-             "evaluate": "\n".join(f"python evaluate.py --run {quote(str(run.out))}" for run in runs if not run.scores)}
+             "evaluate": "\n".join(f"python evaluate.py --run {quote(str(run.out))}" for run in runs
+                                   if not run.scores and run.config.get("edits") is not True)}
     parts |= {name: escape(str(text)) for name, text in texts.items()}
     parts["notes"] = "".join(f"<p>{escape(note)}</p>" for note in dict.fromkeys(sum((run.notes for run in runs), [])))
     true = {name for name, part in parts.items() if part} | {
-        "several" if runs[1:] else "one", "full" if is_full else "lora", "real" if is_real else "embedded"}
+        "several" if runs[1:] else "one", "full" if is_full else "lora", "real" if is_real else "embedded",
+        "edits" if first.config.get("edits") is True else "draws"}
     html = TEMPLATE.read_text("utf-8")
     while PART.search(html):                                                            # from the outside in
         html = PART.sub(lambda found: found[2] * (found[1] in true), html)

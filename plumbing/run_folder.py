@@ -189,13 +189,14 @@ class Run:
 
     def begin(self, recipe: str, data: dict[str, str], tasks: list) -> None:
         """Write config.json, and drop what metrics.jsonl has of later steps. data: the fingerprint of the data."""
+        learned = [one.row for task in tasks if task.in_panels for one in task.dataset.examples]
         if self.cfg.tune == LORA:
-            learned = [one.row for task in tasks if task.in_panels for one in task.dataset.examples]
             self.header = header(self.cfg, self.tuned.model, [text for row in learned for text in row.captions])
         if self.team.is_first:
             keep_json_lines(self.out / "metrics.jsonl", lambda numbers: numbers["step"] <= self.step)
-            write_json(self.out / "config.json", {"recipe": recipe, "options": dataclasses.asdict(self.cfg),
-                                                  "data": data, "processes": self.team.size, **provenance()})
+            write_json(self.out / "config.json", {
+                "recipe": recipe, "options": dataclasses.asdict(self.cfg), "data": data, "processes": self.team.size,
+                "edits": any(row.sources for row in learned), **provenance()})
 
 
 def print_summary(cfg, recipe: Recipe, folder: Path, run: Run, tasks: list) -> None:
