@@ -200,12 +200,12 @@ def test_exact_figures_are_those_of_tiny_score(tmp_path, monkeypatch, capsys):
     out = tmp_path / "star"
     words = ["--data", str(STAR), "--steps", "3", "--sample-every", "0", "--out", str(out), "--keep", "none"]
     assert train.main(words) == 0
-    monkeypatch.setattr(exact, "NEW_SCENES", 6)
-    monkeypatch.setattr(exact, "ORDINARY_SCENES", 10)
+    monkeypatch.setattr(exact, "NEW_SCENES", 4)
+    monkeypatch.setattr(exact, "ORDINARY_SCENES", 6)
     assert evaluate.main(["--run", str(out)]) == 0
     rows = {row["measure"]: row for row in json.loads((out / "scores.json").read_text())["rows"]}
     words = ["score", "--data", str(STAR), "--lora", f"mine={out / 'student.safetensors'}", "--out",
-             str(tmp_path / "s"), "--concept-prompts", "6", "--ordinary-prompts", "10"]
+             str(tmp_path / "s"), "--concept-prompts", "4", "--ordinary-prompts", "6"]
     monkeypatch.setattr(sys, "argv", words)
     score.main()
     theirs = json.loads((tmp_path / "s" / "scores.json").read_text())
@@ -214,18 +214,18 @@ def test_exact_figures_are_those_of_tiny_score(tmp_path, monkeypatch, capsys):
         assert rows[measure]["student"] == pytest.approx(theirs["mine"][measure], abs=1e-6)
         assert rows[measure]["teacher"] == pytest.approx(theirs["teacher's view"].get(measure), abs=1e-6) \
             if measure in theirs["teacher's view"] else rows[measure]["teacher"] is None
-    assert rows["change, pixels"]["student"] > 0 and rows["sharpness"]["difference"]["count"] == 10
+    assert rows["change, pixels"]["student"] > 0 and rows["sharpness"]["difference"]["count"] == 6
 
 
 def test_sharpness_falls_with_decided_marks(reader):
     """The embedded model at fewer steps than it was made for leaves marks half drawn."""
     judge = score.Judge(ROOT / "tiny" / "model")
-    exam = score.Exam(judge, str(STAR), 1, 40, 0)
+    exam = score.Exam(judge, str(STAR), 1, 16, 0)
     decided, sharp = [], []
     for steps in (4, 3, 2):
         _, ordinary = exam.pictures(None, steps)
         decided.append(float(judge.reader(ordinary).decided.mean()))
-        sharp.append(sum(map(judges.sharpness, ordinary)) / 40)
+        sharp.append(sum(map(judges.sharpness, ordinary)) / 16)
     assert decided == sorted(decided, reverse=True) and sharp == sorted(sharp, reverse=True)
     assert sharp[0] - sharp[2] > 0.2
 
