@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -86,7 +87,8 @@ from plumbing.program import run as run_program
 from plumbing.scores import BASE, NEW, ORDINARY, STUDENT, TRAINING, row_of, told
 from plumbing.train_options import FULL, NONE
 from plumbing.train_options import Options as TrainOptions
-from rollout import sample, sigma_grid
+from rollout import sigma_grid
+from sample import draw as draw_latents
 from tiny.exact import exact
 
 GROUPS = NEW, TRAINING, ORDINARY
@@ -199,28 +201,26 @@ def draw(cfg: Options, subject: Subject, prompts: list[Prompt], steps: list[int]
     del reader
     free()
     shape, shift_of = latent_shape(folder, size, size), shift_rule(folder)
-    noises = torch.cat([starting_noise(backbone, cfg.seed + k, shape) for k in range(cfg.seeds)]).to(device)
-    latents: dict[tuple[int, int, int], Tensor] = {}
+    latents: dict[tuple[int, int, int], Tensor] = {}                    # of all prompts
     net, adapter = backbone.load(folder, device, dtype, quantize=subject.quantize), None
-    for view in (0, 1):
+    for view, name in enumerate((BASE, STUDENT)):
         if view == 1 and subject.transformer:
             del net                                                     # one network is in memory at a time
             free()
             net = backbone.load(folder, device, dtype, quantize=subject.quantize, transformer=subject.transformer)
         elif view == 1 and subject.lora:
             adapter = lora_files.load(subject.lora, net)
-        for p, context in enumerate(tqdm(read, desc=(BASE, STUDENT)[view], disable=None)):
-            velocity = lora.velocity_of(net, [context.to(device)] * cfg.seeds, adapter)
-            for s, count in enumerate(steps):
-                latents[s, view, p] = sample(velocity, noises, sigma_grid(shift_of(count, *shape[1:]), count)).cpu()
-                if not latents[s, view, p].isfinite().all():
-                    raise InputError(f"--dtype {cfg.dtype}: the {(BASE, STUDENT)[view]} draws what is not finite; use "
-                                     "--dtype float32")
+        network = partial(lora.velocity_of, net, adapter=adapter)
+        for (s, count), k in product(enumerate(steps), range(cfg.seeds)):
+            noise = starting_noise(backbone, cfg.seed + k, shape).to(device)
+            sigmas = sigma_grid(shift_of(count, *shape[1:]), count)
+            latents[s, view, k] = draw_latents(network, tqdm(read, desc=name, disable=None), noise, sigmas, name).cpu()
+        del network
     del net
     free()
     vae, files = autoencoder.load(folder, device), dict[Place, Path]()
-    for (s, view, p), drawn in tqdm(latents.items(), desc="decoding", disable=None):
-        for k, z in enumerate(drawn):
+    for (s, view, k), drawn in tqdm(latents.items(), desc="decoding", disable=None):
+        for p, z in enumerate(drawn):
             path = subject.out / "evaluation" / f"{steps[s]}_steps" / f"{(BASE, STUDENT)[view]}_{p:03d}_{k}.png"
             files[s, view, p, k] = path
             save_png(to_image(vae.decode(z[None].to(device))[0]), path,
@@ -256,15 +256,14 @@ def judged(cfg: Options, subject: Subject, networks: dict[str, Path], prompts: l
         pairs = [(image, files[place]) for place, image in reference.items()]
         put("VLM-J", reference, judges.verdicts(networks["judge"], pairs, subject.kind, cfg.class_name or "object",
                                                 device, dtype))
-    put("sharpness", files, (judges.sharpness(read_picture(path)) for path in files.values()))
-    put("change, pixels", students, (judges.pixel_change(*map(read_picture, (files[place], base[place])))
-                                     for place in students))
+    sharp, change = dict[Place, float](), dict[Place, float]()
+    for (s, view, p, k), other in base.items():                         # every picture is read once
+        theirs, ours = (to_tensor(open_image(path))[0] for path in (other, files[s, view, p, k]))
+        sharp |= {(s, 0, p, k): judges.sharpness(theirs), (s, view, p, k): judges.sharpness(ours)}
+        change[s, view, p, k] = judges.pixel_change(ours, theirs)
+    put("sharpness", sharp, sharp.values())
+    put("change, pixels", change, change.values())
     return found
-
-
-def read_picture(path: Path) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    return to_tensor(open_image(path))[0]
 
 
 def rows_of(prompts: list[Prompt], steps: list[int], found: dict[str, Tensor]) -> list[dict]:
