@@ -13,6 +13,7 @@ Only for data of this world, with captions that say [V]: other pictures cannot b
 import argparse
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -216,9 +217,14 @@ class Exam:
                          for contexts, noise in zip(self.contexts, self.noises))
         return new, ordinary
 
+    @cached_property
+    def seen(self) -> list[Tensor]:
+        """The contexts of the new prompts for a model that is shown a picture of the concept."""
+        return self.judge.features.contexts(self.new.captions, self.shown)
+
     def teacher_pictures(self, steps: int = 4) -> Tensor:
         """Of the new prompts, by the base model that is shown a picture of the concept."""
-        return self.judge.draw(self.judge.features.contexts(self.new.captions, self.shown), self.noises[0], steps=steps)
+        return self.judge.draw(self.seen, self.noises[0], steps=steps)
 
 
 def options_of(description: str, model: Path, out: str) -> argparse.ArgumentParser:
