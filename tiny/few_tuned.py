@@ -25,7 +25,7 @@ from plumbing.run_folder import STATE
 from tiny import concepts
 from tiny.comparison import markdown, with_spread
 from tiny.metrics import diversity
-from tiny.score import Judge, concept_of, concept_prompts, of_concept, of_ordinary, ordinary_prompts
+from tiny.score import Exam, Judge, of_concept, of_ordinary
 from tiny.world import generator
 
 ROWS = {"SFT": ("sft", 1e-3), "D-OPSD": ("dopsd", 2e-3)}            # method and learning rate
@@ -47,30 +47,25 @@ def assemble(network: Path, model: Path) -> Path:
     return model
 
 
-class Exam:
+class Questions:
     """What is asked of all students of one model. steps: K."""
 
     def __init__(self, model: Path, data: Path, steps: int, prompts: int) -> None:
-        self.judge, self.steps, self.data, g = Judge(model), steps, data, generator(DRAW_SEED, 0)
-        kind, row, self.pictures = concept_of(str(data), self.judge.reader)
-        self.new, self.ordinary = concept_prompts(kind, row, prompts, g), ordinary_prompts(2 * prompts, g)
-        self.said, self.noise = self.judge.inputs(self.new, g)
-        self.usual, self.usual_noise = self.judge.inputs(self.ordinary, g)
-        self.several = [context for context in self.said[:max(prompts // 4, 1)] for _ in range(GROUP)]
-        self.again = self.judge.noise(len(self.several), g)
+        self.judge, self.steps = Judge(model), steps
+        self.exam = Exam(self.judge, str(data), prompts, 2 * prompts, DRAW_SEED)
+        self.several = [context for context in self.exam.contexts[0][:max(prompts // 4, 1)] for _ in range(GROUP)]
+        self.again = self.judge.noise(len(self.several), generator(DRAW_SEED, 1))
 
     def __call__(self, lora: Path | None, sees: bool = False) -> dict[str, float]:
         """The measures of an adapter, or of none; sees: the teacher's view of the model itself."""
-        judge = self.judge
-        adapter = lora_files.load(lora, judge.net) if lora else None
-        said = judge.features.contexts(self.new.captions, self.pictures[torch.arange(len(self.new.rows))
-                                                                        % len(self.pictures)]) if sees else self.said
-        found = of_concept(judge.reader(judge.draw(said, self.noise, adapter, self.steps)), self.new)
+        judge, exam = self.judge, self.exam
         if sees:
-            return found
-        usual = judge.reader(judge.draw(self.usual, self.usual_noise, adapter, self.steps))
+            return of_concept(judge.reader(exam.teacher_pictures(self.steps)), exam.new)
+        adapter = lora_files.load(lora, judge.net) if lora else None
+        new, ordinary = map(judge.reader, exam.pictures(adapter, self.steps))
         again = judge.reader(judge.draw(self.several, self.again, adapter, self.steps))
-        return found | of_ordinary(usual, self.ordinary) | {"diversity": diversity(again, GROUP, judge.reader.render)}
+        return {**of_concept(new, exam.new), **of_ordinary(ordinary, exam.ordinary),
+                "diversity": diversity(again, GROUP, judge.reader.render)}
 
 
 def tune(row: str, model: Path, data: Path, steps: int, seed: int, updates: int, out: Path) -> Path:
@@ -124,7 +119,7 @@ def main() -> None:
         assert backbone_of(model) and recipe_of(model).size == 64
         data = [ROOT / "examples" / "star"]
         for place in data:
-            exam = Exam(model, place, steps, options.prompts)
+            exam = Questions(model, place, steps, options.prompts)
             data += [concepts.write(kind, scene, out / "concepts", DRAW_SEED, exam.judge.reader.render).folder
                      ] if len(data) == 1 else []
             asked = [(BEFORE, 0), (TEACHER, 0), *((row, seed) for row in ROWS for seed in options.seeds)]

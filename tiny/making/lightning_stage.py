@@ -26,6 +26,7 @@ from plumbing.machine import device_and_dtype
 from plumbing.options import option, parse
 from plumbing.run_folder import alone
 from plumbing.team import ALONE, put
+from plumbing.train_options import FULL, LORA
 from tiny.making.lightning import NOISED, Discriminator, Lesson, Walkers, segments
 from tiny.making.lightning_pool import Pool
 from tiny.making.material import (LORA_FILE, WORLD, lora_file, merged, read_network, source_of, undistilled,
@@ -33,7 +34,6 @@ from tiny.making.material import (LORA_FILE, WORLD, lora_file, merged, read_netw
 from tiny.models import guided
 from tiny.world import generator
 
-LORA, FULL = "lora", "full"
 WON, WON_STEPS = 0.02, 100                  # loss of D at which it has won, if it stays there for so many steps
 HEAD_START = 25                             # steps of a stage in which D alone learns
 
