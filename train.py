@@ -51,7 +51,7 @@ from plumbing.machine import check_room, device_and_dtype, recomputes
 from plumbing.panels import Panels, Shift
 from plumbing.recipes import Recipe, fill
 from plumbing.run_folder import Run, alone, open_run, out_folder, print_summary, provenance
-from plumbing.team import Team
+from plumbing.team import Team, leave
 from rollout import Velocity, rollout, sigma_grid
 
 
@@ -277,4 +277,4 @@ def task_of(index: int, source: Source, dataset: data.Dataset, cfg: Options, rec
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(lambda: leave(main()))

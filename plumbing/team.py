@@ -95,9 +95,8 @@ class Team:
             else:
                 dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)       # of gloo alone; says who is late
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"process {self.rank} of {self.size}: waited for {what} ({reason:.200}); look at what the "
-                             "other processes say") from None
+            raise InputError(f"process {self.rank} of {self.size}: waited for {what} ({str(error).splitlines()[0]:.99})"
+                             "; look at what the other processes say") from None
 
     def check_same(self, facts: dict[str, str]) -> None:
         """Raises InputError unless all have the same: code, options, data. facts: name -> anything that tells."""
@@ -109,8 +108,7 @@ class Team:
         dist.all_gather(found, own)
         for rank, other in enumerate(found):
             if wrong := [name for name, is_same in zip(facts, (other == found[0]).tolist()) if not is_same]:
-                raise InputError(f"process {rank} of {self.size} has other {wrong[0]} than process 0; give all the "
-                                 "same")
+                raise InputError(f"process {rank} of {self.size} has other {wrong[0]} than process 0; give the same")
 
     # ------------------------------------------------------------------------------------------------ weights in parts
     def shard(self, model: Transformer, dtype: torch.dtype) -> None:
@@ -129,7 +127,6 @@ class Team:
             fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
         register_fsdp_forward_method(model, "velocity")
 
-
     def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors in the memory of the first process. All must ask, and the others get nothing."""
         parts = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
@@ -137,6 +134,14 @@ class Team:
 
 
 ALONE = Team()
+
+
+def leave(status: int) -> int:
+    """End one of several processes here. While Python ends, a thread of gloo that drops its last tensor aborts it."""
+    if dist.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import train
 from plumbing.files import ROOT, InputError
 from plumbing.full import tuned_of
-from plumbing.team import Team
+from plumbing.team import Team, leave
 
 EACH = """import json, sys
 import train
 from plumbing import program
-program.run(lambda: max(train.main(words) for words in json.loads(sys.argv[1])))
+from plumbing.team import leave
+program.run(lambda: leave(max(train.main(words) for words in json.loads(sys.argv[1]))))
 """
 
 
@@ -145,6 +146,16 @@ def test_all_end_together(base, tmp_path, how):
     assert steps == 2 if how == "fails" else 2 < steps < 10
     out = ["--out", str(tmp_path / "run"), "--accumulate", "2", "--resume"]
     assert train.main([*words, *out, "--steps", str(steps + 1)]) == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("several, asked", [(True, [7]), (False, [])])
+def test_one_of_several_does_not_tidy_up(monkeypatch, several, asked):
+    """Python's own end let gloo's thread abort some finished runs, and `torchrun` called them failed."""
+    ended = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: several)
+    monkeypatch.setattr("os._exit", ended.append)
+    assert leave(7) == 7 and ended == asked
 
 
 @pytest.mark.quick
