@@ -181,16 +181,17 @@ class Numbered:
 
 
 def test_walkers_take_turns():
-    walkers, seen, starts = Walkers(Numbered(), 5, 3, seed=0), [], []
+    grid = segments(3.0, 3, 1)
+    walkers, seen, starts = Walkers(Numbered(), 5, grid, seed=0), [], []
     for step in range(8):
         walkers.begin(step)
         seen.append(walkers.k.tolist())
         starts.append([round(float(context.text), 1) for context in walkers.contexts[0]])
-        walkers.advance(walkers.x + 1)
+        walkers.advance(walkers.x + 1, walkers.x, walkers.x)
     assert seen == [[0] * 5, [1, 0, 1, 1, 0], [2, 1, 0, 2, 1], [0, 2, 1, 0, 2]] + [
         [1, 0, 2, 1, 0], [2, 1, 0, 2, 1], [0, 2, 1, 0, 2], [1, 0, 2, 1, 0]]
     assert starts[0] == [0, .1, .2, .3, .4] and starts[1] == [0, 1, .2, .3, 1.1] and starts[5][2] == 5
-    fresh = Walkers(Numbered(), 5, 3, seed=0)
+    fresh = Walkers(Numbered(), 5, grid, seed=0)
     fresh.load_state(walkers.state())
     walkers.begin(8), fresh.begin(8)
     assert torch.equal(walkers.x, fresh.x) and torch.equal(walkers.k, fresh.k)
@@ -199,14 +200,29 @@ def test_walkers_take_turns():
 
 def test_walks_are_those_of_the_sampler():
     grid = segments(3.0, 3, 1)
-    walkers = Walkers(Numbered(), 1, 3, seed=0)
+    walkers = Walkers(Numbered(), 1, grid, seed=0)
     walkers.begin(0)
     start = walkers.x
     for step in range(3):
         walkers.begin(step)
         sigma, sigma_next = grid[walkers.k][0].tolist()
-        walkers.advance(euler(walkers.x, walkers.x * sigma, sigma, sigma_next))
-    torch.testing.assert_close(walkers.x, sample(lambda x, sigma: x * sigma, start, sigma_grid(3.0, 3)))
+        arrived = euler(walkers.x, walkers.x * sigma, sigma, sigma_next)
+        walkers.advance(arrived, walkers.x, walkers.x)
+    torch.testing.assert_close(arrived, sample(lambda x, sigma: x * sigma, start, sigma_grid(3.0, 3)))
+
+
+def test_the_last_step_is_repeated_from_the_teachers_picture():
+    """Two more times, at the noise level where it starts; then the row begins anew."""
+    grid = segments(3.0, 2, 2)
+    walkers, seen = Walkers(Numbered(), 1, grid, seed=0, linger=2), []
+    real, noise = torch.full_like(walkers.x, 2.0), torch.full_like(walkers.x, -1.0)
+    for step in range(5):
+        walkers.begin(step)
+        seen.append((int(walkers.k), round(float(walkers.contexts[0][0].text), 1)))
+        if 2 <= step < 4:
+            torch.testing.assert_close(walkers.x, (1 - grid[1, 0]) * real + grid[1, 0] * noise)
+        walkers.advance(walkers.x + 1, real, noise)
+    assert seen == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 4)]
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -11,7 +11,8 @@ Then the student is the next stage's teacher. Here t is sigma, t - n s is sigma'
 
 Differs from the paper:
 1. Captions suffice. States are those of the student's own walk, which it has in hand (`Walkers`); the paper adds noise
-   to pictures (Eq. 6) and mixes in noise levels that are not on the grid (3.7.1).
+   to pictures (Eq. 6) and mixes in noise levels that are not on the grid (3.7.1). --linger repeats the last step, which
+   on grids like this one's is the hardest, more often than the others.
 2. D's backbone is the undistilled transformer up to two thirds of its depth, read at one and at two thirds, for want of
    an encoder and a middle block. It is trained, as published; `--critic heads` leaves it as it was, and then D sees
    hardly anything (tiny/README.md). A head judges each token of the image, and losses are means over tokens and depths:
@@ -67,19 +68,22 @@ class Walkers:
     """Trajectories of the student from pure noise, each at its own point of the grid.
 
     A student's prediction of x_t-ns is also its next state, so walking costs nothing: the states of inference with the
-    weights of the last few steps. Row i begins anew, with new noise and a new caption, at steps i, i + K, i + 2 K, ...
+    weights of the last few steps. A row that has arrived does the last step again, `linger` times, from the picture at
+    which the teacher arrived with new noise (Eq. 6). Then it begins anew, with new noise and a new caption: row i at
+    steps i, i + K + linger, i + 2 (K + linger), ...
     """
 
-    def __init__(self, source, batch: int, steps: int, seed: int) -> None:
-        """source: of captions, `World` or `Captions`. batch: number of trajectories. steps: K of the student."""
-        self.source, self.steps, self.seed = source, steps, seed
+    def __init__(self, source, batch: int, grid: Tensor, seed: int, linger: int = 0) -> None:
+        """source: of captions, `World` or `Captions`. batch: number of trajectories. grid: `segments`."""
+        self.source, self.seed = source, seed
+        self.steps, self.period, self.last = len(grid), len(grid) + linger, float(grid[-1, 0])
         self.x, self.k = torch.zeros(batch, *source.shape), torch.zeros(batch, dtype=torch.long)
         self.contexts: list[list[Context]] = [[], []]               # the student's, and what the teacher reads instead
 
     def begin(self, step: int) -> None:
         """Give new noise and captions to the rows whose turn it is."""
         g, batch = generator(self.seed, step), len(self.x)
-        rows = range(batch) if step == 0 else range(step % self.steps, batch, self.steps)
+        rows = range(batch) if step == 0 else range(step % self.period, batch, self.period)
         if not rows:
             return
         noise = torch.randn(len(rows), *self.x.shape[1:], generator=g)
@@ -90,9 +94,11 @@ class Walkers:
         self.x, self.k = self.x.clone(), self.k.clone()
         self.x[list(rows)], self.k[list(rows)] = noise, 0
 
-    def advance(self, x: Tensor) -> None:
-        """Go to the student's predictions x (B, C, H, W)."""
-        self.x, self.k = x.detach(), self.k + 1                     # at K, a row's turn to begin anew has come
+    def advance(self, fake: Tensor, real: Tensor, noise: Tensor) -> None:
+        """Go to the student's predictions, or from its last one to where the last step starts; all (B, C, H, W)."""
+        again = (1 - self.last) * real + self.last * noise                                                      # Eq. 6
+        self.x = torch.where(column(self.k == self.steps - 1), again, fake)
+        self.k = (self.k + 1).clamp(max=self.steps - 1)
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs."""

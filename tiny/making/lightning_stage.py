@@ -53,6 +53,7 @@ class Options:
     relaxed: bool = option(False, "D does not see x_t (Eq. 23)")
     pool: str = option("", "folder of lightning_pool.py, whose pictures are real to D in a relaxed stage")
     judge_below: float = option(0.9, "D judges steps that end at a noise level below this; 1 is all of them")
+    linger: int = option(0, "times that a trajectory repeats its last step, from the teacher's picture with new noise")
     critic: str = option("whole", "what of D learns: the whole of it, as published, or its heads; none: MSE alone",
                          choices=("whole", "heads", "none"))
     guidance: float = option(2.0, "of the undistilled model, where it teaches")
@@ -83,6 +84,8 @@ class Options:
             raise InputError("--relaxed: there is no discriminator without --teacher or with --critic none")
         if self.pool and not self.relaxed:
             raise InputError("--pool: belongs to --relaxed, where D does not see from where a picture comes")
+        if self.linger < 0:
+            raise InputError(f"--linger {self.linger}: give 0 or more")
         if not 0 <= self.seed < 2 ** 32:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {2 ** 32 - 1}")
 
@@ -118,7 +121,7 @@ class Training:
                                                       {"params": old, "lr": cfg.critic_lr}], betas=betas)
         shift = shift_rule(folder)(cfg.to_steps, *self.source.shape[1:])
         self.grid = segments(shift, cfg.to_steps, cfg.from_steps // cfg.to_steps)
-        self.walkers = Walkers(self.source, cfg.batch, cfg.to_steps, cfg.seed)
+        self.walkers = Walkers(self.source, cfg.batch, self.grid, cfg.seed, cfg.linger)
 
     # ------------------------------------------------------------------------------------------------ one step
     def lesson(self) -> tuple[Lesson, list[Context]]:
@@ -158,7 +161,7 @@ class Training:
         if not self.is_adversarial or self.step >= HEAD_START:
             self.update(self.optimizer, loss, lambda: self.tuned.clip_(1.0))
             self.tuned.ema_(self.cfg.ema)
-        self.walkers.advance(lesson.fake.detach().cpu())
+        self.walkers.advance(lesson.fake.detach().cpu(), lesson.real.cpu(), lesson.noise.cpu())
         self.step += 1
         return numbers
 
