@@ -299,7 +299,8 @@ def test_a_lora_is_merged_where_all_weights_are_trained(stage, checkpoint):
     (("--data", "ROOT/empty.jsonl"), "no rows"),
     (("--data", "ROOT/blank.jsonl"), "blank.jsonl"),
     (("--teacher", "ROOT/none"), "no such file"),
-    (("--tune", "lora", "--teacher", "BASE"), "holds a whole network"),
+    (("--tune", "lora", "--init", "BASE"), "holds a whole network"),
+    (("--linger", "-1"), "--linger -1: give 0 or more"),
     (("--out", "ROOT/other"), "other options"),
 ])
 def test_bad_input_is_one_line(stage, checkpoint, tmp_path, words, message):
@@ -311,6 +312,13 @@ def test_bad_input_is_one_line(stage, checkpoint, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as caught:
         stage("bad", "--steps", "1", *words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_whole_network_teaches_a_new_lora(stage):
+    first = stage("full-4", "--tune", "full", "--from-steps", "8", "--to-steps", "4", "--steps", "2", "--rank", "2")
+    out = stage("lora-2", "--tune", "lora", "--teacher", str(first), "--from-steps", "4", "--to-steps", "2", "--steps",
+                "1", "--rank", "2", "--critic", "none")
+    assert (out / material.LORA_FILE).is_file() and not (out / "transformer").exists()
 
 
 def test_a_discriminator_that_wins_outright(stage, tmp_path, monkeypatch):

@@ -44,7 +44,8 @@ class Options:
     to_steps: int = option(16, "solver steps of the student; they divide those of the teacher")
     teacher: str = option("", "what teaches: a folder with a transformer/ or a LoRA, such as the --out of the stage "
                           "before; without it the undistilled model, with guidance and by MSE")
-    init: str = option("", "what the student starts from; default the teacher")
+    init: str = option("", "what the student starts from; default the teacher, or the undistilled model with --tune "
+                      "lora where the teacher is a whole network")
     model: str = option("embedded", "checkpoint folder or hub id of an undistilled model; default the embedded one")
     data: str = option(WORLD, "captions: a .jsonl or a folder of .txt; default those of the embedded models' world")
     out: str = option("out/tiny/lightning", "folder of the state, the log and the result")
@@ -99,6 +100,8 @@ class Training:
         folder = model_folder(cfg.model)
         base, device, dtype = undistilled(folder), *device_and_dtype(cfg.device, "auto")
         teacher, init = (Path(path) if path else None for path in (cfg.teacher, cfg.init or cfg.teacher))
+        if cfg.tune == LORA and not cfg.init and not lora_file(teacher):
+            init = None                                                               # of a whole network's, a new LoRA
         if teacher is None:
             warn_distilled(base)
         self.device, self.is_adversarial = device, teacher is not None and cfg.critic != "none"
