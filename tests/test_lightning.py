@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import Context
+from plumbing import files
 from plumbing.checkpoints import EMBEDDED, backbone_of
 from plumbing.files import InputError
 from rollout import euler, sample, sigma_grid
@@ -18,7 +19,7 @@ from tiny.making import lightning, lightning_pool, lightning_stage, material
 from tiny.making.lightning import (Discriminator, Lesson, Walkers, cross, loss_of_discriminator, loss_of_student,
                                    segments)
 from tiny.making.lightning_pool import Pool
-from tiny.models import Z_IMAGE_BASE, z_image_grid
+from tiny.models import FLUX2_FOLDER, Z_IMAGE_BASE, base_of, z_image_grid
 
 pytestmark = pytest.mark.quick
 
@@ -169,6 +170,23 @@ def test_what_the_discriminator_looks_at():
         assert not torch.equal(logits, critic(critic.features(x, sigma, text), before))    # the caption
         assert not torch.equal(logits, critic(critic.features(x, sigma / 2, context), before))
         assert torch.equal(critic.features(x, sigma, context)[0], features[0])             # no hook is left
+
+
+def test_of_flux2_the_discriminator_sees_the_drawn_image_alone():
+    """Its tokens stand between those of words and of references; the count of words may differ."""
+    base = base_of(FLUX2_FOLDER)
+    network = backbone_of(base).load(base, "cpu", torch.float32)
+    dim, channels = network.context_embedder.in_features, network.x_embedder.in_features // 4
+    said, shown = torch.randn(2, 7, dim, generator=seeded(3)), torch.randn(channels, 8, 8, generator=seeded(4))
+    x, sigma = torch.randn(2, channels, 16, 16, generator=seeded(5)), torch.tensor([0.3, 0.6])
+    context = [Context(said[0], (shown,)), Context(said[1, :5], (shown,))]
+    seen = []
+    critic = Discriminator(network, backbone_of(base).width(files.read_json(base / "transformer" / "config.json")),
+                           False, False)
+    critic.backbone.blocks()[critic.read[0]].register_forward_hook(lambda block, given, out: seen.append(out))
+    found = critic.features(x, sigma, context)[0]
+    assert found.shape[1] == 64 and seen[0].shape[1] == 7 + 64 + 16
+    assert torch.equal(found, seen[0][:, 7:-16])
 
 
 # ---------------------------------------------------------------------------------------------------- walks
