@@ -319,6 +319,7 @@ def test_a_lora_is_merged_where_all_weights_are_trained(stage, checkpoint):
     (("--teacher", "ROOT/none"), "no such file"),
     (("--tune", "lora", "--init", "BASE"), "holds a whole network"),
     (("--linger", "-1"), "--linger -1: give 0 or more"),
+    (("--noised", "-1"), "--noised -1: give 0 or more"),
     (("--out", "ROOT/other"), "other options"),
 ])
 def test_bad_input_is_one_line(stage, checkpoint, tmp_path, words, message):
@@ -330,6 +331,19 @@ def test_bad_input_is_one_line(stage, checkpoint, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as caught:
         stage("bad", "--steps", "1", *words)
     assert "\n" not in str(caught.value)
+
+
+def test_when_the_discriminator_is_shown_noise(stage, captions, checkpoint):
+    """At x0, where the student has --noised steps or fewer."""
+    for noised, expected in ((0, False), (1, False), (2, True)):
+        cfg = lightning_stage.Options(from_steps=4, to_steps=2, model=str(checkpoint), data=str(captions), size=32,
+                                      batch=3, device="cpu", noised=noised, critic="none", out="unused")
+        training = lightning_stage.Training(cfg)
+        first, _ = training.lesson()
+        assert not first.level.any()                                    # the first of two steps does not end at x0
+        training.walkers.advance(first.fake.detach(), first.real, first.noise)
+        training.step = 1
+        assert bool(training.lesson()[0].level.any()) is expected
 
 
 def test_a_whole_network_teaches_a_new_lora(stage):

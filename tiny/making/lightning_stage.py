@@ -55,6 +55,7 @@ class Options:
     pool: str = option("", "folder of lightning_pool.py, whose pictures are real to D in a relaxed stage")
     judge_below: float = option(0.9, "D judges steps that end at a noise level below this; 1 is all of them")
     linger: int = option(0, "times that a trajectory repeats its last step, from the teacher's picture with new noise")
+    noised: int = option(2, "D sees x0 with noise (Eq. 25, 26) where the student has so many steps or fewer")
     critic: str = option("whole", "what of D learns: the whole of it, as published, or its heads; none: MSE alone",
                          choices=("whole", "heads", "none"))
     guidance: float = option(2.0, "of the undistilled model, where it teaches")
@@ -85,8 +86,9 @@ class Options:
             raise InputError("--relaxed: there is no discriminator without --teacher or with --critic none")
         if self.pool and not self.relaxed:
             raise InputError("--pool: belongs to --relaxed, where D does not see from where a picture comes")
-        if self.linger < 0:
-            raise InputError(f"--linger {self.linger}: give 0 or more")
+        for name in ("linger", "noised"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: give 0 or more")
         if not 0 <= self.seed < 2 ** 32:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {2 ** 32 - 1}")
 
@@ -136,7 +138,7 @@ class Training:
         guidance = 1.0 if cfg.teacher else cfg.guidance
         g = generator(cfg.seed + 1, self.step)
         noise, levels = torch.randn(walkers.x.shape, generator=g), torch.zeros(cfg.batch)
-        if cfg.to_steps <= 2:
+        if cfg.to_steps <= cfg.noised:
             levels = torch.tensor(NOISED)[torch.randint(len(NOISED), (cfg.batch,), generator=g)]
         return Lesson(walkers.x.to(device), self.grid[walkers.k].to(device), self.tuned.student(mine),
                       guided(self.teaches, told, empty, guidance, self.teaching), noise.to(device),
