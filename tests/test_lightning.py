@@ -439,3 +439,16 @@ def test_models_need_a_number_of_steps(entry, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["few_tuned", "--network", entry, "--out", str(tmp_path)])
     with pytest.raises(InputError, match="write STEPS=FOLDER"):
         few_tuned.main()
+
+
+@pytest.mark.parametrize("words", [("--network", "4=b"), ("--network", "4=a", "--prompts", "9"),
+                                   ("--network", "4=a", "--steps", "9")])
+def test_results_of_other_models_are_not_taken(words, tmp_path, monkeypatch):
+    line = {"steps": 4, "network": "a", "updates": 100, "prompts": 48, "concept": "star", "row": "before", "seed": 0}
+    (tmp_path / "few_tuned.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr("sys.argv", ["few_tuned", "--out", str(tmp_path), *words])
+    with pytest.raises(InputError, match="has results for 4 steps of another network, .*give another --out"):
+        few_tuned.main()
+    monkeypatch.setattr("sys.argv", ["few_tuned", "--out", str(tmp_path), "--network", "4=a"])
+    with pytest.raises(InputError, match="a: no transformer/ in this folder"):         # the same goes on
+        few_tuned.main()

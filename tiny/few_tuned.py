@@ -112,10 +112,18 @@ def main() -> None:
         networks[int(steps)] = Path(folder)
     out = options.out.resolve()
     check_writable(out, f"--out {out}")
+    file, settings = out / "few_tuned.jsonl", {
+        steps: {"steps": steps, "network": str(folder), "updates": options.steps, "prompts": options.prompts}
+        for steps, folder in networks.items()}
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for line in lines:
+        if not settings.get(line["steps"], {}).items() <= line.items():
+            raise InputError(f"--out {out}: has results for {line['steps']} steps of another network, or with other "
+                             "--steps or --prompts; give another --out")
     ((kind, scene),), _ = concepts.draw_concepts(1, 0, 0, DRAW_SEED)
     torch.set_num_threads(1)
     for steps, folder in networks.items():
-        model, file, exam = assemble(folder, out / "models" / str(steps)), out / "few_tuned.jsonl", None
+        model, exam = assemble(folder, out / "models" / str(steps)), None
         assert backbone_of(model) and recipe_of(model).size == 64
         data = [ROOT / "examples" / "star"]
         for place in data:
@@ -124,17 +132,15 @@ def main() -> None:
                      ] if len(data) == 1 else []
             asked = [(BEFORE, 0), (TEACHER, 0), *((row, seed) for row in ROWS for seed in options.seeds)]
             for row, seed in asked:
-                about = {"steps": steps, "concept": place.name, "row": row, "seed": seed}
-                lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+                about = settings[steps] | {"concept": place.name, "row": row, "seed": seed}
                 if any(about.items() <= line.items() for line in lines):
                     continue
                 student = None if row in (BEFORE, TEACHER) else tune(
                     row, model, place, steps, seed, options.steps,
                     out / "runs" / f"{steps}-{place.name}-{ROWS[row][0]}-{seed}")
-                line = about | {"measures": exam(student, row == TEACHER)}
-                append_json_line(file, line)
-                print(about, {key: round(value, 3) for key, value in line["measures"].items()}, flush=True)
-    lines = [json.loads(line) for line in (out / "few_tuned.jsonl").read_text().splitlines()]
+                lines.append(about | {"measures": exam(student, row == TEACHER)})
+                append_json_line(file, lines[-1])
+                print(about, {key: round(value, 3) for key, value in lines[-1]["measures"].items()}, flush=True)
     write_bytes(out / "few_tuned.md", (table(lines) + "\n").encode())
     print(f"\n{table(lines)}\n\ndone     {out / 'few_tuned.md'}")
 
