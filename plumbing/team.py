@@ -95,7 +95,7 @@ class Team:
             else:
                 dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)       # of gloo alone; says who is late
         except RuntimeError as error:
-            raise InputError(f"process {self.rank} of {self.size}: waited for {what} ({str(error).splitlines()[0]:.99})"
+            raise InputError(f"process {self.rank} of {self.size}: waits for {what} ({str(error).splitlines()[0]:.200})"
                              "; look at what the other processes say") from None
 
     def check_same(self, facts: dict[str, str]) -> None:
@@ -137,7 +137,7 @@ ALONE = Team()
 
 
 def leave(status: int) -> int:
-    """End one of several processes here. While Python ends, a thread of gloo that drops its last tensor aborts it."""
+    """End one of several processes. While Python ends, a thread of gloo that drops FSDP's last tensor aborts it."""
     if dist.is_initialized():
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)

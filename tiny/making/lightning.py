@@ -72,9 +72,9 @@ class Walkers:
     """Trajectories of the student from pure noise, each at its own point of the grid.
 
     A student's prediction of x_t-ns is also its next state, so walking costs nothing: the states of inference with the
-    weights of the last few steps. A row that has arrived does the last step again, `linger` times, from the picture at
-    which the teacher arrived with new noise (Eq. 6). Then it begins anew, with new noise and a new caption: row i at
-    steps i, i + K + linger, i + 2 (K + linger), ...
+    weights of the last few steps. A row that has arrived repeats its last step `linger` times, from the teacher's
+    picture with new noise (Eq. 6). Then it begins anew, with new noise and a new caption: row i at steps i,
+    i + K + linger, i + 2 (K + linger), ...
     """
 
     def __init__(self, source, batch: int, grid: Tensor, seed: int, linger: int = 0) -> None:

@@ -103,7 +103,7 @@ class Training:
         base, device, dtype = undistilled(folder), *device_and_dtype(cfg.device, "auto")
         teacher, init = (Path(path) if path else None for path in (cfg.teacher, cfg.init or cfg.teacher))
         if cfg.tune == LORA and not cfg.init and not lora_file(teacher):
-            init = None                                                               # of a whole network's, a new LoRA
+            init = None                                                     # a new LoRA: there is none to start from
         if teacher is None:
             warn_distilled(base)
         self.device, self.is_adversarial = device, teacher is not None and cfg.critic != "none"
